@@ -38,7 +38,7 @@ soak: $(READY) ## kills and faults at full size (hours)
 	ONWARD_SOAK=1 ONWARD_KILLS=30 $(BIN)/python -m pytest -q -n 2 tests/data tests/training/test_schedule.py \
 	  tests/service/test_faults.py tests/service/test_read_faults.py tests/service/test_survival.py tests/service/test_watch.py \
 	  tests/service/test_signals.py tests/service/test_going_back.py tests/service/test_continuity.py \
-	  tests/test_old_runs.py
+	  tests/service/test_sequences.py tests/test_old_runs.py
 
 lint: $(READY) ## style, types for the oldest and the newest Python, layers
 	$(BIN)/ruff check .
@@ -54,9 +54,12 @@ format: $(READY) ## let ruff mend what it can
 bench: $(BENCH_READY) ## speed against the peers, into bench/RESULTS.md (half an hour; DATA=folder for more rows)
 	$(BIN)/python bench/suite.py $(addprefix --data ,$(DATA))
 
-# On a machine without pip or network: make gpu READY= BIN=DIRECTORY_OF_PYTHON; peers that are missing are not run.
-gpu: $(READY) ## all that has to be seen on a GPU, in eight minutes, into bench/RESULTS-GPU.md (OUT=folder, TINY=1: on a CPU)
-	$(BIN)/python bench/gpu/suite.py $(if $(OUT),--out $(OUT)) $(if $(TINY),--tiny)
+# Without a virtual environment it runs where PYTHON has all that it needs and sees a GPU: there may be no network there.
+SEES_GPU = PYTHONPATH=src:$$PYTHONPATH $(PYTHON) -c 'import onward.training.trainer, torch; exit(not torch.cuda.is_available())'
+gpu: ## all that has to be seen on a GPU, in eight minutes, into bench/RESULTS-GPU.md (OUT=folder, TINY=1: on a CPU)
+	@test ! -x $(BIN)/python && $(SEES_GPU) 2>/dev/null || $(MAKE) --no-print-directory $(READY)
+	$$(test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON)) bench/gpu/suite.py \
+	  $(if $(OUT),--out $(OUT)) $(if $(TINY),--tiny)
 
 knowledge: $(READY) ## what replay and anchor keep of five domains, into bench/KNOWLEDGE.md (an hour; goes on where it was cut)
 	$(BIN)/python bench/knowledge.py $(addprefix --data ,$(DATA))

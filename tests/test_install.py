@@ -238,3 +238,18 @@ def test_the_site_has_every_page_and_no_dead_link(tmp_path: Path) -> None:
     if zensical is not None:
         subprocess.run([zensical, "build", "--strict"], cwd=tmp_path / "site", check=True, capture_output=True)
         assert (tmp_path / "site" / "site" / "search.json").is_file()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
+@pytest.mark.parametrize("sees_gpu", [True, False])
+def test_the_checks_of_a_gpu_run_where_everything_is_there(*, sees_gpu: bool, tmp_path: Path) -> None:
+    """A Python that sees a GPU and has what is needed is used as it is; else a virtual environment is made first."""
+    python, calls = tmp_path / "python", tmp_path / "calls"
+    python.write_text(f'#!/bin/sh\necho "$@" >>{calls}\ncase "$*" in *is_available*) exit {int(not sees_gpu)};; esac\n')
+    python.chmod(0o755)
+    words = ("make", "gpu", "TINY=1", f"PYTHON={python}", f"VENV={tmp_path / 'none'}")
+    status = subprocess.run(words, cwd=ROOT, capture_output=True, check=False).returncode
+    first, *others = calls.read_text().splitlines()
+    assert first.startswith("-c import onward.training.trainer, torch")
+    suite, environment = "bench/gpu/suite.py --tiny", f"-m venv {tmp_path / 'none'}"
+    assert (status == 0, suite in others, environment in others) == (sees_gpu, sees_gpu, not sees_gpu)

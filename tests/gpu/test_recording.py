@@ -15,6 +15,7 @@ from states import assert_same_state
 
 from onward import Run
 from onward.training.layers.recording import Recordable, Recording, RecordingPlace, is_held, recorder_for
+from onward.training.transfer import fetch_later
 
 pytestmark = [*needs_gpu, pytest.mark.skipif(ON_CPU, reason="a CPU records nothing")]
 
@@ -98,6 +99,16 @@ def test_a_step_after_a_failed_recording_is_computed() -> None:
         Recording(lambda: step().sum().item(), RecordingPlace(DEVICE))
     torch.cuda.manual_seed(5)
     assert torch.equal(wanted, step())
+
+
+def test_what_is_fetched_later_is_not_overwritten() -> None:
+    """It has the values that were computed when it was asked for, whatever the device computes before it is read."""
+    total = torch.zeros(1000, dtype=torch.int64, device=DEVICE)
+    replay = Recording(lambda: total.add_(1), RecordingPlace(DEVICE))
+    before = int(total[0])
+    reads = [fetch_later([replay(), total[:1]]) for _ in range(20)]
+    for turn, read in enumerate(reads, start=before + 1):
+        assert [turn, turn] == [int(each.unique()) for each in read()]
 
 
 def test_what_waits_is_found_before() -> None:

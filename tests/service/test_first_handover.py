@@ -15,7 +15,7 @@ from runs import new_run
 from onward.config import Config
 from onward.errors import VerificationFailed
 from onward.events import Committed, FileStarted
-from onward.service.owner.training.handing_over import Crossing, FirstHandover
+from onward.service.owner.training.handing_over import Crossing, LateHandover
 from onward.store.ledger import Ledger
 from onward.training.checkpoints.checkpoint import inspect_checkpoint
 from onward.training.model.load import build_model
@@ -69,7 +69,7 @@ def test_it_is_kept_before_anything_later_is_committed(model: Path, tmp_path: Pa
 )
 def test_its_class_is_that_of_the_environment(change: Mapping[str, Any], name: str, state: TrainState) -> None:
     """Equal bits are only found where they are promised, as at any other boundary."""
-    assert name == FirstHandover(AT_FIRST, state.snapshot(), state.view(), {**HERE, **change}).name
+    assert name == LateHandover.of_first(AT_FIRST, state.snapshot(), state, {**HERE, **change}).name
 
 
 @pytest.mark.parametrize("place", ["state", "copy"])
@@ -79,4 +79,4 @@ def test_a_state_that_is_not_its_copy_trains_nothing(place: str, state: TrainSta
     weights = state.view().weights if place == "state" else copied.weights
     next(iter(weights.values())).view(torch.int32).reshape(-1)[0] ^= 1
     with pytest.raises(VerificationFailed, match="weights"):
-        FirstHandover(AT_FIRST, copied, state.view(), HERE)
+        LateHandover.of_first(AT_FIRST, copied, state, HERE)

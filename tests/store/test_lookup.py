@@ -112,3 +112,13 @@ def test_a_name_in_a_suggested_command_is_understood(name: str, ledger: Ledger) 
     (word,) = shlex.split(typed(name))
     assert not word.startswith("-")
     assert name == find_file(ledger, word, "queued").name
+
+
+@pytest.mark.parametrize("before", [("undone",), ("undone", "undone"), ("rejected", "undone")])
+def test_a_file_that_came_again_is_said_to_be_where_it_is(before: tuple[str, ...], ledger: Ledger) -> None:
+    """Not where an earlier entry of it is, which was undone or replaced."""
+    fixed: dict[str, Any] = {"command": "c", "bytes": 1, "format": "jsonl", "copy": "x", "sha256": "99" * 32}
+    for state in (*before, "queued"):
+        ledger.insert_file(name="again.jsonl", state=state, **fixed)
+    with pytest.raises(UsageError, match=r"'again.jsonl' is queued"):
+        find_file(ledger, "again.jsonl", "quarantined")

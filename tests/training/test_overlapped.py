@@ -19,7 +19,7 @@ from onward.training.checkpoints import huggingface
 from onward.training.model.roundtrip import prove_roundtrip
 from onward.training.model.weights import save_weights
 from onward.training.optimizers import file_state
-from onward.training.state import StateDigest, TrainState, digest_tensors
+from onward.training.state import TrainState, digest_tensors
 from onward.training.transfer import Copied, InPlace, Overlapped, Sizes, equal_marks, in_main_memory
 from onward.training.transfer.layout import Form, Layout
 
@@ -236,7 +236,7 @@ def test_files_are_those_of_a_copy_in_place(method: str, tied: bool, small: int,
         late = state.snapshot(into=late)
         digest = late.digest()
         assert plain.digest() == digest
-        assert digest is state.view_of_copied(digest).digest()
+        assert state.is_proven(late)
         assert plain.plain() == late.plain()
         folders = [tmp_path / f"{name}-{turn}" for name in ("plain", "late")]
         for folder, copy in zip(folders, (plain, late), strict=True):
@@ -260,12 +260,12 @@ def test_files_are_those_of_a_copy_in_place(method: str, tied: bool, small: int,
 
 
 def test_a_state_that_moved_on_is_not_the_one_that_was_copied() -> None:
-    """Its digest is taken anew after a step."""
+    """A step changes all of it; an older copy is not proven by a newer one."""
     state = state_of("lora")
     state.transfer = Overlapped(Late(), pins=False)
     step(state)
     copied = state.snapshot()
     step(state)
-    found = state.view_of_copied(StateDigest("0", "0")).digest()
-    assert found == state.view().digest()
-    assert found != copied.digest()
+    assert not state.is_proven(copied)
+    newer = state.snapshot()
+    assert [False, True] == [state.is_proven(copied), state.is_proven(newer)]

@@ -228,10 +228,12 @@ def test_nothing_of_a_probe_is_left_to_the_host(monkeypatch: pytest.MonkeyPatch)
     probe, plain = (Probe(model, 0, CPU, torch.float32, recorder=each) for each in (recorder, None))
     before = probe.of_model()
     assert before == probe.again(before)
+    begun = probe.begin()  # read after later replays
     for weight in model.parameters():
         with torch.no_grad():
             weight.mul_(1.5)
         assert plain.of_model() == probe.of_model() != before
+    assert before == begun()
     assert recorder.replays > 10
 
 

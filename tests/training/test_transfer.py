@@ -12,7 +12,8 @@ from rows import batch, tiny_model
 
 from onward.config import Config
 from onward.data.plan.loader import Batch
-from onward.training.state import StateDigest, TrainState
+from onward.training.loss_scale import LossScale
+from onward.training.state import TrainState
 from onward.training.steps.ahead import Ahead
 from onward.training.transfer import InPlace, Overlapped, Sizes, mark, transfer_of
 from onward.training.transfer.marks import PIECE, ROW
@@ -96,27 +97,31 @@ def test_a_copy_leaves_training_alone() -> None:
     assert [*order, "waited for"] == streams.told
 
 
-def test_a_digest_is_not_taken_twice() -> None:
-    """The state that was copied has the copy's digest as long as no bit of it changes, wherever the bit is."""
+def test_a_copy_is_proven_by_every_bit_of_its_state() -> None:
+    """It was made of the state as it is now only as long as no bit, not the learning rate, and no scale changes."""
     state = state_of()
     state.transfer = Overlapped(Streams(), pins=False)
-    digest = state.snapshot().digest()
-    assert digest is state.view_of_copied(digest).digest()
-    name = sorted(state.parameters)[0]
-    with torch.no_grad():
-        place = state.parameters[name].view(-1)[3:4].view(torch.int32)
-        place ^= 1
-    changed = state.view_of_copied(digest).digest()
-    assert changed is not digest
-    assert changed != digest
+    copy = state.snapshot()
+    assert state.is_proven(copy)
+    place = state.parameters[sorted(state.parameters)[0]].detach().view(-1)[3:4].view(torch.int32)
+    for bit in range(32):
+        place ^= 1 << bit if bit < 31 else -(1 << 31)
+        assert not state.is_proven(copy)
+        place ^= 1 << bit if bit < 31 else -(1 << 31)
+    (group, *_) = state.optimizer.param_groups
+    group["lr"] *= 2
+    assert not state.is_proven(copy)
+    group["lr"] /= 2
+    state.scale = LossScale()
+    assert not state.is_proven(copy)
+    state.scale = None
+    assert state.is_proven(copy)
 
 
-def test_on_a_cpu_nothing_is_known_without_looking() -> None:
+def test_on_a_cpu_nothing_is_proven_without_looking() -> None:
     """There a digest costs what a mark would: the state is read."""
     state = state_of()
-    copied = state.snapshot().digest()
-    wrong = StateDigest("0", "0")
-    assert copied == state.view_of_copied(wrong).digest()
+    assert not state.is_proven(state.snapshot())
     assert isinstance(transfer_of(CPU), InPlace)
 
 

@@ -11,6 +11,8 @@ import pytest
 import tiny
 import torch
 from commands import onward, snapshot
+from faults import Fault
+from processes import command
 from safetensors.torch import load_file
 from states import assert_same_state
 
@@ -121,6 +123,19 @@ def test_a_stop_leaves_nothing(run: Run) -> None:
         make(run, Order("v1"), wishes=wishes)
     assert not run.layout.releases.exists()
     assert [] == list((run.layout.cache / "reading").iterdir())
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("words", [("release", "v1"), ("compare", "batch_size=2", "batch_size=3")], ids=" ".join)
+def test_a_signal_ends_a_command_in_a_line(words: tuple[str, ...], number: str, run: Run, tmp_path: Path) -> None:
+    """What works on a copy of the run leaves nothing of it, and says so."""
+    before, output = snapshot(run.layout.root), tmp_path / "output"
+    kind = Fault(3, number, tmp_path / "record")
+    assert 1 == command(output, *words, "--run", run.layout.root, prepare=kind)
+    assert kind.struck.exists()
+    said = f"onward: stopped by {number}\n  Nothing of it is left, and the run is unchanged.\n"
+    assert output.read_text().endswith(said)
+    assert before == snapshot(run.layout.root)
 
 
 def test_two_releases_of_one_name_never_mix(run: Run) -> None:

@@ -144,6 +144,11 @@ class Wishes:
         if self:
             raise Stopped(self.reason)
 
+    def check_for_end(self) -> None:
+        """Raise `Stopped` if an end was ever asked for, even if that was granted already."""
+        if self.ending:
+            raise Stopped(self.reason)
+
     def interruptibly(self, work: Callable[[], Result], *, by_any: bool) -> Result:
         """Do work that only reads (imports, loading) and return its result; a wish ends it at once.
 

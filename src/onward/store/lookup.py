@@ -37,7 +37,9 @@ def find_file(ledger: Ledger, name: str, *states: str) -> FileRow:
     if matches:
         raise _several(name, matches, where="FILE")
     others = [state for state in ALL_STATES if state not in states]
-    for row in _matches(ledger.files(*others), name)[:1]:
+    known = _matches(ledger.files(*others), name)
+    if known:
+        row = max(known, key=lambda each: (each.state != "undone", each.id))  # a file may have been queued again
         hint = f"Files that can be given here: {_listed(rows)}."
         if row.state == "done":
             hint = f"onward rebuild --without {FILE}{row.position} makes the run as if it had never seen it."

@@ -170,7 +170,6 @@ class TrainState:
         """Trainable parameters by name, in the order of `optimizer.pt`."""
         self.transfer = transfer_of(next(iter(self.parameters.values())).device)
         """How its copies are made."""
-        self._marks: Marks | None = None
         rest = (
             []
             if isinstance(model, PeftModel)
@@ -209,7 +208,6 @@ class TrainState:
         """
         before = None if into is None else into.copied
         copied = self.transfer.copy(*self._tensors(), before)
-        self._marks = copied.marks
         if into is not None and before is not None and copied.memory is not None and copied.memory is before.memory:
             weights, optimizer = into.weights, self._regrouped(into.optimizer)
         else:
@@ -249,17 +247,15 @@ class TrainState:
         """Return marks of all bits, computed on their device; None if a digest costs no more."""
         return self.transfer.marks(*self._tensors())
 
-    def view_of_copied(self, digest: StateDigest) -> Snapshot:
-        """Return the current state; if it still equals the last copy, by its marks on the device, with that digest.
+    def is_proven(self, copy: Snapshot) -> bool:
+        """Return whether it is proven, by marks on the device, that a copy was made of this state as it is now.
 
-        Args:
-            digest: the digest of the last copy, computed behind training; ignored before the first copy.
+        It is not if only digests can tell, or if the copy was made of another state.
         """
-        now = self.view()
-        if self._marks is None:
-            return now
-        marks = self.marks()
-        return replace(now, known=digest) if marks is not None and equal_marks(marks, self._marks) else now
+        before = None if copy.copied is None else copy.copied.marks
+        marks = None if before is None else self.marks()
+        same = (copy.learning_rate, copy.scale) == (self.learning_rate, self.scale)
+        return same and before is not None and marks is not None and equal_marks(marks, before)
 
     def reset_moments(self) -> None:
         """Start the optimizer's moments and its counter from nothing."""

@@ -188,7 +188,7 @@ class Trials:
                 copy = copy_run(layout, scratch / "run", step)
                 _prepare(copy, variant, order)
                 Run(copy.root).train(observe=self.observe, stop=self.stop)
-                self.stop.check()
+                self.stop.check_for_end()  # the training has granted it, and is not complete
                 yield Trial(order, figures_of(copy))
 
 

@@ -15,9 +15,10 @@ from onward import startup
 from onward.cli.commands.back import ask
 from onward.cli.options import JsonOption, RunOption, YesOption, completer
 from onward.cli.output import show
+from onward.errors import OnwardError
 from onward.events import Observe
 from onward.layout import RunLayout
-from onward.service.wishes import Wishes
+from onward.service.wishes import Stopped, Wishes
 from onward.terminal import say, show_line
 from onward.text import printable, quoted
 
@@ -44,8 +45,11 @@ def _apart(run: Path) -> Generator[_Apart]:
     layout.require()
     with startup.large_imports():
         import_module("onward.views.branch")
-    with asked.on_signals(), make_observer(lambda: 10) as observe:
-        yield _Apart(layout, observe, asked)
+    try:
+        with asked.on_signals(), make_observer(lambda: 10) as observe:
+            yield _Apart(layout, observe, asked)
+    except Stopped as stopped:
+        raise OnwardError(f"stopped by {stopped}", hint="Nothing of it is left, and the run is unchanged.") from None
 
 
 def accept(

@@ -16,13 +16,16 @@ from typing import Any
 
 from onward.atomic import link_or_copy
 from onward.config import Config, stored_config
+from onward.config.text import read_config
 from onward.errors import DeviceLost, GuardRejected, NoSpace, OnwardError, TrainingError, first_line
 from onward.layout import RunLayout
 from onward.service.client import skip_queued
 from onward.service.intake.names import unused_name
 from onward.service.intake.refusals import Refusal, is_free, keep_refused
 from onward.service.owner.training.steps import StepFailed
+from onward.service.state.retention import Retention
 from onward.service.state.rollback import Move, go_back
+from onward.service.state.settle import Settlement
 from onward.store.ledger import Ledger
 from onward.store.lookup import typed
 from onward.store.rows import FileRow
@@ -125,10 +128,11 @@ def handle(layout: RunLayout, ledger: Ledger, row: FileRow, failure: Failure, co
     Args:
         config: the config in force, which says how often a file is tried again.
     """
+    row = _as_committed(layout, ledger, row)
     reason = failure.reason
     failures = row.failures + 1
     if failure.rejected:  # training it again would give the same result
-        quarantine(layout, ledger, row, reason, failure.rejected)
+        _quarantine(layout, ledger, row, reason, failure.rejected)
         return
     parts = _smaller_parts(row, ledger, config) if failure.out_of_memory else row.parts
     if failure.out_of_memory and parts is not None:
@@ -138,18 +142,27 @@ def handle(layout: RunLayout, ledger: Ledger, row: FileRow, failure: Failure, co
         values = {"failures": failures, "parts": row.parts}
         decision = f"tried again ({failures} of {config.retries})"
     else:
-        quarantine(layout, ledger, row, reason)
+        _quarantine(layout, ledger, row, reason)
         return
     values |= {"config": None, "position": row.position}
     _take_back(layout, ledger, row, Move(row, "queued", values), f"{row.name} failed: {reason}")
     ledger.add_event("warning", f"{row.name} failed and is {decision}: {reason}", kind="retried")
 
 
-def quarantine(
+def quarantine(layout: RunLayout, ledger: Ledger, row: FileRow, reason: str) -> None:
+    """Take a file in which processes died out of the stream, with the run back at its boundary and a report.
+
+    Nothing is done if it turns out to be complete and committed.
+    """
+    row = _as_committed(layout, ledger, row)
+    if row.state != "done":
+        _quarantine(layout, ledger, row, reason)
+
+
+def _quarantine(
     layout: RunLayout, ledger: Ledger, row: FileRow, reason: str, found: Sequence[dict[str, Any]] = ()
 ) -> None:
-    """Take a file out of the stream, with the run back at its boundary and a report in `rejected/`; the archive keeps
-    it.
+    """Move a file to quarantine, with a report in `rejected/`; the archive keeps it.
 
     Args:
         found: what the guard found, and the rows to look at.
@@ -170,12 +183,23 @@ def skip(layout: RunLayout, ledger: Ledger, row: FileRow, reason: str) -> str:
     Returns:
         What was done, in words.
     """
+    row = _as_committed(layout, ledger, row)
+    if row.state == "done":
+        return f"{row.name} is done; onward rebuild --without file:{row.position} leaves it out"
     if row.state != "training":
         return skip_queued(ledger, row, reason)
     move = Move(row, "skipped", {"note": reason, "position": None})
     _take_back(layout, ledger, row, move, f"skipped {row.name}: {reason}")
     where = f", back at step {row.start_step}" if row.start_step is not None else ""
     return f"skipped {row.name}{where}"
+
+
+def _as_committed(layout: RunLayout, ledger: Ledger, row: FileRow) -> FileRow:
+    """Return a file as the newest commit has it: one that was begun may have begun at a boundary that is lost."""
+    if row.state != "training":
+        return row
+    Settlement(layout, ledger, Retention.of(read_config(layout.config))).settle()
+    return ledger.file(row.id)
 
 
 def _take_back(layout: RunLayout, ledger: Ledger, row: FileRow, move: Move, what: str) -> None:

@@ -88,7 +88,7 @@ def verify(layout: RunLayout, ledger: Ledger, *, deep: bool = False) -> Proof:
     checks += [
         _check("rows", lambda: _rows(ledger)),
         _check("learning rates", lambda: _learning_rates(ledger)),
-        _check("handovers", lambda: _handovers(ledger)),
+        _check("handovers", lambda: _handovers(ledger, newest.step)),
         _check("restore points", lambda: _restore_points(layout, ledger)),
         _check("originals", lambda: _originals(layout, ledger)),
         _check("base model", lambda: _base(layout, ledger)),
@@ -222,9 +222,11 @@ def _learning_rates(ledger: Ledger) -> str:
     return f"{how_many(count, 'step')} equal to the schedule's formula"
 
 
-def _handovers(ledger: Ledger) -> str:
+def _handovers(ledger: Ledger, committed: int) -> str:
     classes: list[str] = []
     for row in ledger.files("training", "done"):
+        if row.start_step is None or row.start_step >= committed:  # it is kept before anything later is committed
+            continue
         found = [entry for entry in ledger.handovers(row.id) if entry.step == row.start_step]
         boundary = [entry for entry in found if entry.kind == "boundary"]
         _require(bool(boundary), f"file {row.position} ({row.name}) has no handover at step {row.start_step}")

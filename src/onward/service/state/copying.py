@@ -18,6 +18,7 @@ from onward.data.templates.own_template import read_template, write_template
 from onward.errors import DamagedState, UsageError
 from onward.layout import RunLayout, entries
 from onward.service.state.ownership import Ownership
+from onward.service.state.reading import verified_point
 from onward.service.state.retention import Retention
 from onward.service.state.rollback import move_ledger_back, undone
 from onward.service.state.settle import Settlement
@@ -109,6 +110,7 @@ def _go_back(copy: RunLayout, ledger: Ledger, step: int) -> None:
     ownership = Ownership(copy, ledger)
     if copy.boundary(step) not in ownership.restore_points():
         raise DamagedState("the restore point does not belong to this run", where=copy.boundary(step))
+    point = verified_point(copy.boundary(step))
     for row in ledger.files("arriving"):
         ledger.move_file(row.id, "skipped")
     position = _position(ledger, step)
@@ -116,7 +118,7 @@ def _go_back(copy: RunLayout, ledger: Ledger, step: int) -> None:
     waiting = [row for row in ledger.files("queued") if row.id not in {other.id for other in begun}]
     moves = undone(begun, queued_after=position, with_config=True) + undone(waiting)
     move_ledger_back(ledger, step, moves, f"a copy that begins at step {step}")
-    Settlement(copy, ledger, Retention(len(begun) + 1, 0)).finish_going_back()
+    Settlement(copy, ledger, Retention(len(begun) + 1, 0)).go_to(point)
 
 
 def _position(ledger: Ledger, step: int) -> int:

@@ -99,15 +99,15 @@ def link_checkpoint(
     return inspect_checkpoint(target, left_out)
 
 
-def verified_point(folder: Path) -> Manifest:
+def verified_point(folder: Path, hint: str = "Restore its files from a copy; onward verify looks closer.") -> Manifest:
     """Return the manifest of a restore point whose files are all as it states.
 
     Raises:
-        DamagedState: they are not.
+        DamagedState: they are not, with this hint.
     """
     found = inspect_checkpoint(folder)
     if found.verified is None:
-        raise DamagedState(f"the restore point does not verify: {'; '.join(found.problems)}", where=folder)
+        raise DamagedState(f"the restore point does not verify: {'; '.join(found.problems)}", where=folder, hint=hint)
     return found.verified
 
 

@@ -19,6 +19,9 @@ from onward.store.lookup import find_file, find_step
 from onward.store.rows import FileRow
 from onward.training.checkpoints.checkpoint import Manifest, inspect_checkpoint
 
+FURTHER = "Restore its files from a copy, or go back further: onward rollback --to FILE"
+"""What to do about a restore point that cannot be gone back to."""
+
 
 @dataclass(frozen=True)
 class Move:
@@ -140,10 +143,14 @@ def go_back(layout: RunLayout, ledger: Ledger, step: int, moves: Sequence[Move],
     Args:
         step: the step of a restore point, or `TO_NOTHING`.
         what: what was done, for the event.
+
+    Raises:
+        DamagedState: the restore point does not verify; nothing was changed.
     """
+    point = None if step == TO_NOTHING else verified_point(layout.boundary(step), FURTHER)
+    retention = Retention(0, 0) if point is None else Retention.of(read_config(layout.config))
     move_ledger_back(ledger, step, moves, what)
-    retention = Retention(0, 0) if step == TO_NOTHING else Retention.of(read_config(layout.config))
-    Settlement(layout, ledger, retention).finish_going_back()
+    Settlement(layout, ledger, retention).go_to(point)
 
 
 def move_ledger_back(ledger: Ledger, step: int, moves: Sequence[Move], what: str) -> None:
@@ -187,4 +194,4 @@ def _restore_point(layout: RunLayout, step: int) -> Manifest:
             where=folder,
             hint=f"Restore points at steps: {kept}. keep_boundaries in the config keeps more.",
         )
-    return verified_point(folder)
+    return verified_point(folder, FURTHER)

@@ -14,7 +14,6 @@ from onward.errors import DamagedState
 from onward.layout import MANIFEST, RunLayout, entries, step_of
 from onward.service.moment import require_present, require_same_moment
 from onward.service.state.commits import Commits, basis_of
-from onward.service.state.reading import verified_point
 from onward.service.state.retention import Retention
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
@@ -66,7 +65,7 @@ class Settlement:
             NotMadeHere: a directory that the run did not make is where one of the run must go.
         """
         remove_temporaries(self.layout.temporaries(), self._ownership.left)
-        self.finish_going_back()
+        self._finish_going_back()
         claimed = self.ledger.newest_checkpoint()
         require_present(self.layout, self.ledger)
         require_same_moment(self.layout, self.ledger)
@@ -84,21 +83,42 @@ class Settlement:
             self.ledger.add_event("error", problem, found.manifest.step)
         return Settled(self.layout.checkpoint(found.manifest.step), found.manifest, found.damage, notes)
 
-    def finish_going_back(self) -> None:
+    def go_to(self, point: Manifest | None) -> None:
         """Bring the directories to where the ledger went back to; after a kill in between, the next start does it.
 
-        Raises:
-            DamagedState: the restore point no longer verifies.
+        Args:
+            point: the manifest of a restore point, which was verified; None for nothing.
         """
+        if point is None:
+            self._remove_all()
+        else:
+            self._commits.install(self.layout.boundary(point.step), point, self.retention)
+        self.ledger.put(going_back=None)
+
+    def _finish_going_back(self) -> None:
         step = self.ledger.get("going_back")
         if step is None:
             return
-        if step == TO_NOTHING:
-            self._remove_all()
-        else:
-            folder = self.layout.boundary(step)
-            self._commits.install(folder, verified_point(folder), self.retention)
+        point = None if step == TO_NOTHING else inspect_checkpoint(self.layout.boundary(step))
+        if point is None or point.verified is not None:
+            self.go_to(None if point is None else point.verified)
+            return
+        self._leave_only_older(step, point.problems)  # damaged meanwhile
         self.ledger.put(going_back=None)
+
+    def _leave_only_older(self, step: int, problems: list[str]) -> None:
+        """Remove what came after a step and is undone, so that settling finds an older state.
+
+        Raises:
+            DamagedState: none verifies; nothing was removed.
+        """
+        own = [*self._ownership.checkpoints(), *self._ownership.restore_points()]
+        if not any(inspect_checkpoint(folder).verified for folder in own if step_of(folder) < step):
+            place = self.layout.boundary(step).relative_to(self.layout.root)
+            raise self._nothing_left(step, [f"{place}/{problem}" for problem in problems])
+        for folder in own:
+            if step_of(folder) > step:
+                self._ownership.remove(folder)
 
     def _origin(self) -> int:
         return int(self.ledger.get("origin_step", 0))

@@ -67,6 +67,11 @@ class Writer:
         self._thread = None
         return self._written.result()
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a commit was begun that was not collected yet."""
+        return self._thread is not None
+
     def measured(self) -> Measurement | None:
         """Wait for and return the measurement of the state that is being committed; None if none is.
 

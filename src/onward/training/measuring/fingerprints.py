@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import islice
 
 import torch
 
 from onward.training.state import digest_tensors
+from onward.training.transfer import fetch_later
 
 PIECE = 1 << 24
 """How many elements of gradients are mixed at a time on a GPU."""
@@ -51,12 +53,22 @@ class Fingerprints:
 
     def by_name(self) -> dict[str, str]:
         """Return the fingerprints of all gradients."""
+        return self.later()()
+
+    def later(self) -> Callable[[], dict[str, str]]:
+        """Return a function that waits for the fingerprints and returns them, in any thread, even after a replay."""
         self.mix()
-        found = dict(self._found)
-        for counts, sums in self._sums:
-            left = iter(sums.tolist())
-            found |= {name: f"{sum(islice(left, count)) % (1 << 64):016x}" for name, count in counts.items()}
-        return found
+        found, named = dict(self._found), [counts for counts, _ in self._sums]
+        read = fetch_later([sums for _, sums in self._sums])
+
+        def by_name() -> dict[str, str]:
+            by_now = dict(found)
+            for counts, sums in zip(named, read(), strict=True):
+                left = iter(sums.tolist())
+                by_now |= {name: f"{sum(islice(left, count)) % (1 << 64):016x}" for name, count in counts.items()}
+            return by_now
+
+        return by_name
 
     def mix(self) -> None:
         """Mix the waiting gradients, each in rows of its own, filled up with zeros, which add nothing."""

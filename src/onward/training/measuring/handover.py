@@ -54,6 +54,12 @@ def measure(snapshot: Snapshot, probed: Probed) -> Measurement:
     )
 
 
+def class_of_equal(environment: Mapping[str, Any]) -> HandoverClass:
+    """Return the class of a handover whose two sides are equal, both measured in this environment."""
+    either = Measurement("", "", 0, 0.0, 0.0)
+    return compare(either.to_dict(), either, environment, environment)[0]
+
+
 def compare(
     before: Mapping[str, Any], after: Measurement, environment_before: Mapping[str, Any], environment: Mapping[str, Any]
 ) -> tuple[HandoverClass, float]:

@@ -33,6 +33,7 @@ from onward.training.model.load import causal_lm
 from onward.training.seeds import fold, seeded
 from onward.training.state import Snapshot
 from onward.training.steps.loss import Placed, TargetLoss
+from onward.training.transfer import fetch_later
 
 PROBE_ROWS, PROBE_LENGTH = 2, 16
 GRADIENT_LENGTH = {"cpu": 8}
@@ -82,13 +83,15 @@ def probe_batches(model: nn.Module, seed: int, device: torch.device) -> tuple[Ba
 
 @dataclass(frozen=True)
 class _Computed:
-    """What was computed on the device; the process waits for it only when it is read."""
+    """What was computed on the device, where the next replay overwrites it."""
 
     total: torch.Tensor
     fingerprints: Fingerprints
 
-    def probed(self) -> Probed:
-        return Probed(mean_loss(self.total), sha256_json(self.fingerprints.by_name()))
+    def later(self) -> Callable[[], Probed]:
+        """Return a function that waits for it, in any thread."""
+        totals, by_name = fetch_later([self.total]), self.fingerprints.later()
+        return lambda: Probed(mean_loss(totals()[0]), sha256_json(by_name()))
 
 
 @dataclass(frozen=True)
@@ -140,8 +143,18 @@ class Probe:
             TrainingError: the loss is not finite.
             ModelError: a weight changed nevertheless.
         """
+        return self.begin()()
+
+    def begin(self) -> Callable[[], Probed]:
+        """Begin to measure the model as it is now; return a function that waits for the result, in any thread.
+
+        On a GPU, the next steps may be computed meanwhile.
+
+        Raises:
+            ModelError: a weight changed nevertheless.
+        """
         before = [self._place(weight) for weight in self._weights.values()]
-        probed = self._twin_of_model().compute().probed()
+        probed = self._twin_of_model().compute().later()
         for (name, weight), place in zip(self._weights.items(), before, strict=True):
             if self._place(weight) != place:
                 raise writes(name)
@@ -175,14 +188,13 @@ class Probe:
     def of_copy(self, snapshot: Snapshot) -> Callable[[], Probed]:
         """Return a function that measures a copy of the state, in any thread, while training continues.
 
-        It is measured immediately if the model is not in main memory, where the copies are, or if its forward pass
+        The model is measured instead, now, if it is not in main memory, where the copies are, or if its forward pass
         cannot run concurrently with another, because it uses process-wide state or draws random numbers.
         """
         if self._at_once:
-            probed = self.of_model()
-            return lambda: probed
+            return self.begin()
         twin = self._twin("copy", snapshot.weights)
-        return lambda: twin.compute().probed()
+        return lambda: twin.compute().later()()
 
     def _twin_of_model(self) -> _Twin:
         trained = {name: weight.detach() for name, weight in self._weights.items() if weight.requires_grad}

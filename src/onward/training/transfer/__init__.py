@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from onward.training.transfer.fetching import in_main_memory
+from onward.training.transfer.fetching import fetch_later, in_main_memory
 from onward.training.transfer.layout import Sizes
 from onward.training.transfer.marks import Marks, equal_marks, mark
 from onward.training.transfer.overlapped import Overlapped
@@ -12,7 +12,7 @@ from onward.training.transfer.ways import Copied, InPlace, Transfer, Wait, at_on
 
 __all__ = [
     "Copied", "InPlace", "Marks", "Overlapped", "Sizes", "Transfer", "Wait", "at_once", "equal_marks",
-    "in_main_memory", "mark", "transfer_of",
+    "fetch_later", "in_main_memory", "mark", "transfer_of",
 ]  # fmt: skip
 
 

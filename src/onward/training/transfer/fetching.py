@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -10,6 +10,27 @@ FETCHED = 1 << 26
 """Bytes that are fetched at once, unless a tensor is larger."""
 
 Named = tuple[str, torch.Tensor]
+
+
+def fetch_later(tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
+    """Begin to copy small tensors of one device to main memory; return a function that waits for them, in any thread.
+
+    They are copied after what was computed so far, and what is computed afterwards may overwrite them.
+    """
+    if not tensors or tensors[0].device.type != "cuda":
+        copies = [tensor.to("cpu", copy=True) for tensor in tensors]
+        return lambda: copies
+    pinned = [torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in tensors]
+    for target, source in zip(pinned, tensors, strict=True):
+        target.copy_(source, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(tensors[0].device))
+
+    def read() -> list[torch.Tensor]:
+        copied.synchronize()
+        return pinned
+
+    return read
 
 
 def in_main_memory(tensors: Iterable[Named], home: str = "cpu") -> Iterator[Named]:

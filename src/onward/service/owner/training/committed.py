@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from onward.config import Config
 from onward.events import FileDone
-from onward.service.owner.training.handing_over import Crossing, FirstHandover, keep_handover
+from onward.service.owner.training.handing_over import Crossing, LateHandover, keep_handover
 from onward.service.owner.training.recordings import Recordings
 from onward.service.owner.training.start import Start
 from onward.service.session import Session
@@ -55,7 +55,7 @@ class CommittedState:
         self._state, self._in_shards = start.state, start.in_shards
         self._writer = Writer(session.layout, session.ledger)
         self._copy: Snapshot | None = None
-        self._first: FirstHandover | None = None
+        self._late: LateHandover | None = None
         self._facts: Facts | None = None
         self._probe: Probe | ShardedRun | None = None
         self._probe_repeats = False
@@ -87,7 +87,7 @@ class CommittedState:
             is_awaited: whether nothing is trained until it is committed.
         """
         self._copy = self._state.snapshot(into=self._copy)
-        if self.newest is None and not (self._in_shards and self._in_shards.is_cut):  # for `FirstHandover`
+        if self.newest is None and not self._is_cut and not self._state.is_proven(self._copy):  # for `LateHandover`
             self._copy = replace(self._copy, known=self._copy.digest())
         self._writer.submit(
             Commit(
@@ -107,9 +107,9 @@ class CommittedState:
         written = self._writer.collect(wait=wait)
         if written is not None:
             self.newest = written.manifest
-            if self._first is not None:
-                self._first.keep(self._ledger, written.manifest)
-                self._first = None
+            if self._late is not None:
+                self._late.keep(self._ledger, written.manifest)
+                self._late = None
         return written
 
     def join(self) -> None:
@@ -128,35 +128,54 @@ class CommittedState:
         """
         crossing = Crossing(kind, self._state.step, file_id)
         here = self._session.environment
-        if self.newest is None and self._copy is not None and self._copy.known is not None:
-            self._first = FirstHandover(crossing, self._copy, self._state.view_of_copied(self._copy.known), here)
-            return self._first.name
+        self._late = self._without_probe(crossing)
+        if self._late is not None:
+            return self._late.name
         measured = self._writer.measured()
         if measured is not None:
             before, environment = measured.to_dict(), here
         else:
             assert self.newest is not None
             before, environment = self.newest.measured, self.newest.environment
-        digest = StateDigest(before["weights"], before["moments"])
-        after = self._measured_now(measured, digest, records=records)
+        after = self._measured_now(measured, records=records)
         found = compare(before, after, environment, here)
         keep_handover(self._ledger, crossing, before, after, found)
         return found[0]
 
-    def _measured_now(self, known: Measurement | None, digest: StateDigest, *, records: bool) -> Measurement:
-        """Measure the current state; `known` was measured of its last copy, which has this digest.
+    @property
+    def _is_cut(self) -> bool:
+        return self._in_shards is not None and self._in_shards.is_cut
 
-        A second probe of one state shows whether the probe is repeatable. It is left out if nothing was trained yet, or
-        if it was repeatable in this process and the state is proven, on its device, to be the one that was copied.
+    def _without_probe(self, crossing: Crossing) -> LateHandover | None:
+        """Return the handover of a state whose copy is being written, if a second probe would tell nothing; else None.
+
+        That is so if nothing was trained yet, or if the probe was repeatable in this process and the state is proven,
+        on its device, to be the one that was copied.
+        """
+        copy, here = self._copy, self._session.environment
+        if copy is None or self._is_cut or not self._writer.is_writing:
+            return None
+        if self.newest is None and copy.known is not None:
+            return LateHandover.of_first(crossing, copy, self._state, here)
+        if self.newest is None or self._probe_repeats:
+            return LateHandover.of_proven(crossing, copy, self._state, here)
+        return None
+
+    def _measured_now(self, known: Measurement | None, *, records: bool) -> Measurement:
+        """Measure the current state; `known` was measured of its last copy.
+
+        A second probe of one state shows whether the probe is repeatable.
         """
         if self._in_shards and self._in_shards.is_cut:
             return self._in_shards.measure()
-        now = self._state.view_of_copied(digest)
+        now = self._state.view()
         if known is None:
             return measure(now, self.probe().of_model())
         before = Probed(known.probe_loss, known.probe_gradient)
-        if not self._state.step or (self._probe_repeats and now.known is not None):
+        if not self._state.step:
             return measure(now, before)
+        if self._copy is not None and self._state.is_proven(self._copy):
+            now = replace(now, known=StateDigest(known.weights, known.moments))
         probed = self._probed_again(before, records=records)
         self._probe_repeats = probed == before
         return measure(now, probed)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any, Self, TypeAlias
 
 from onward.store.ledger import Ledger
 from onward.training.checkpoints.checkpoint import Manifest
-from onward.training.measuring.handover import GRADIENT, HandoverClass, Measurement, compare, measure
+from onward.training.measuring.handover import HandoverClass, Measurement, class_of_equal, compare, measure
 from onward.training.measuring.probe import Probed
-from onward.training.state import Snapshot
+from onward.training.state import Snapshot, TrainState
 
 Found: TypeAlias = tuple[HandoverClass, float]
 """The class that holds and the relative difference of the probe's losses, as `compare` returns them."""
@@ -45,32 +45,38 @@ def keep_handover(
         )  # fmt: skip
 
 
-class FirstHandover:
-    """The handover of the state of step 0 while its copy is being committed; the two are compared at once.
+@dataclass(frozen=True)
+class LateHandover:
+    """A handover whose probe is measured where the copy is written, behind the first steps.
 
-    Nothing was trained yet that a second probe could reveal, so only one is computed. It is measured where the copy is
-    written, behind the first steps, and recorded with the handover before anything later is committed.
+    That the state is the one that was copied is found out before those steps; a second probe would tell nothing. The
+    record is kept before anything later is committed.
 
     Args:
-        copied: the copy.
-        now: the state.
-
-    Raises:
-        VerificationFailed: they are not equal.
+        name: the class that holds.
     """
 
-    def __init__(self, crossing: Crossing, copied: Snapshot, now: Snapshot, environment: Mapping[str, Any]) -> None:
-        self._crossing = crossing
-        self._after = measure(now, _UNPROBED)
-        self._found: Found = compare(measure(copied, _UNPROBED).to_dict(), self._after, environment, environment)
+    crossing: Crossing
+    name: HandoverClass
 
-    @property
-    def name(self) -> str:
-        """The class that holds."""
-        return self._found[0]
+    @classmethod
+    def of_proven(
+        cls, crossing: Crossing, copy: Snapshot, state: TrainState, environment: Mapping[str, Any]
+    ) -> Self | None:
+        """Return the handover of a state that is proven on its device to be the one that was copied; else None."""
+        return cls(crossing, class_of_equal(environment)) if state.is_proven(copy) else None
+
+    @classmethod
+    def of_first(cls, crossing: Crossing, copy: Snapshot, state: TrainState, environment: Mapping[str, Any]) -> Self:
+        """Return the handover of the state of step 0, whose digests are compared here.
+
+        Raises:
+            VerificationFailed: they are not equal.
+        """
+        before, after = measure(copy, _UNPROBED), measure(state.view(), _UNPROBED)
+        return cls(crossing, compare(before.to_dict(), after, environment, environment)[0])
 
     def keep(self, ledger: Ledger, committed: Manifest) -> None:
-        """Record the handover with what was measured of the copy."""
+        """Record the handover with what was measured of the copy, to which the state was equal."""
         before = committed.measured
-        after = replace(self._after, probe_loss=before["probe_loss"], probe_gradient=before[GRADIENT])
-        keep_handover(ledger, self._crossing, before, after, self._found)
+        keep_handover(ledger, self.crossing, before, Measurement(**before), (self.name, 0.0))
