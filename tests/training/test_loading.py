@@ -1,23 +1,17 @@
-"""What an `optimizer.pt` must be for its moments to be taken, and whom a failure to read it is blamed on."""
+"""What an `optimizer.pt` must be for its moments to be taken."""
 
 from __future__ import annotations
 
-import builtins
-import io
-import os
 from pathlib import Path
 from typing import Any
 
 import checkpoints
 import pytest
 import torch
-from read_faults import CALLS, ReadFault
 
-from onward.errors import DamagedState, Unreadable
+from onward.errors import DamagedState
 from onward.training.checkpoints.huggingface import OPTIMIZER
 from onward.training.checkpoints.loading import load_moments, read_optimizer
-from onward.training.foreign.scaler import SCALER, read_scale
-from onward.training.loss_scale import LossScale
 from onward.training.optimizers import file_state
 
 
@@ -35,25 +29,6 @@ def saved_moments(folder: Path) -> Path:
     """Return a file of moments."""
     torch.save({"state": {0: {"exp_avg": torch.zeros(20_000)}}, "param_groups": [{"params": [0]}]}, folder / OPTIMIZER)
     return folder / OPTIMIZER
-
-
-def test_a_read_that_the_system_refuses_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever read of a file fails, also inside PyTorch's reader: it cannot be read now, and may be sound."""
-    moments = saved_moments(tmp_path)
-    torch.save(LossScale().to_file(), tmp_path / SCALER)
-    for name in CALLS:
-        monkeypatch.setattr(os, name, getattr(os, name))  # what the fault replaces is put back
-    for module in (io, builtins):
-        monkeypatch.setattr(module, "open", module.open)
-    fault = ReadFault(tmp_path)
-    fault.arm()
-    for read, path in ((read_optimizer, moments), (read_scale, tmp_path)):
-        fault.again(0, "EIO")
-        read(path)
-        for at in range(1, fault.count + 1, 3):
-            fault.again(at, "EIO")
-            with pytest.raises(Unreadable, match="Input/output error"):
-                read(path)
 
 
 def test_moments_that_are_cut_short_or_missing_are_damaged(tmp_path: Path) -> None:
