@@ -89,6 +89,12 @@ def of_apex(values: dict[str, Any]) -> None:
         del entry["step"]
 
 
+def with_empty_group(values: dict[str, Any]) -> None:
+    """Add a group that has other settings and no weights, for which they mean nothing."""
+    empty = {"params": [], "lr": 0.5, "initial_lr": 0.5, "weight_decay": 0.5}
+    values["param_groups"].append({**values["param_groups"][0], **empty})
+
+
 TAKEN: dict[str, Edit] = {
     "as it is": lambda values: None,
     "whole steps": each_entry(counted_whole),
@@ -98,6 +104,7 @@ TAKEN: dict[str, Edit] = {
     "bitsandbytes, 32 bit": both(each_entry(of_bitsandbytes), each_group(only())),
     "bitsandbytes, 32 bit, wrapped": both(each_entry(wrapped), each_group(only(alpha=0.0, t_alpha=None, t_beta3=None))),
     "apex": of_apex,
+    "a group without weights": with_empty_group,
     "Adam without weight decay": each_group(lambda group: group.update(decoupled_weight_decay=False, weight_decay=0.0)),
 }  # fmt: skip
 

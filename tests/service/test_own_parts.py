@@ -18,7 +18,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from onward import Run
+from onward.config import Config
 from onward.errors import ConfigError, ModelError, OnwardError
+from onward.training.model.start_adapter import read_start_adapter, with_start_adapter
 
 TOKENS = ["<tool>", "<\u00e9tape>"]
 
@@ -64,6 +66,11 @@ def embedding(model: Any) -> torch.Tensor:
     return model.get_input_embeddings().weight.detach()
 
 
+def tables(model: Any) -> list[torch.Tensor]:
+    """Return the rows of a model's tokens in its embedding and in its head, which may be the same."""
+    return [embedding(model), model.get_output_embeddings().weight.detach()]
+
+
 def train_both_ways(tmp_path: Path, model: Path, files: list[Path], **settings: Any) -> Run:
     """Train the files in one run at once and in another one by one; returns one of two runs of equal bits."""
     names = ("one", "two") if len(files) > 1 else ("one",)
@@ -83,7 +90,10 @@ def train_both_ways(tmp_path: Path, model: Path, files: list[Path], **settings: 
     ("kind", "tied"), [("rows", True), ("rows", False), ("modules", True), ("modules", False), ("full", False)]
 )
 def test_new_tokens_are_trained(kind: str, tied: bool, model: Path, untied: Path, tmp_path: Path) -> None:
-    """A run with `tokens` keeps a grown base and its tokenizer, trains the new rows, and goes on exactly."""
+    """A run with `tokens` keeps a grown base and its tokenizer, trains the new rows, and goes on exactly.
+
+    A new row begins as the mean of the others, in the embedding and in the head.
+    """
     settings: dict[str, Any] = (
         {"lora": {"rank": 2}}
         if kind == "rows"
@@ -101,14 +111,11 @@ def test_new_tokens_are_trained(kind: str, tied: bool, model: Path, untied: Path
     assert (ids if kind == "rows" else []) == run.config.lora.trainable_tokens
     state = stock.open_state(run.layout.root)
     torch.testing.assert_close(stock.logits(state.model), stock_logits(run), rtol=0, atol=1e-6)
-    old, grown = (
-        embedding(AutoModelForCausalLM.from_pretrained(base)),
-        embedding(AutoModelForCausalLM.from_pretrained(run.layout.root / "base")),
-    )
-    assert torch.equal(old, grown[: len(old)])
-    torch.testing.assert_close(old.mean(0), grown[ids[0]])
-    now = embedding(state.model)
-    assert not torch.equal(grown[ids[0]], now[ids[0]])
+    loaded = [AutoModelForCausalLM.from_pretrained(folder) for folder in (base, run.layout.root / "base")]
+    for old, grown in zip(*map(tables, loaded), strict=True):
+        assert torch.equal(old, grown[: len(old)])
+        torch.testing.assert_close(old.mean(0).expand(2, -1), grown[ids])
+    assert not torch.equal(embedding(loaded[1])[ids[0]], embedding(state.model)[ids[0]])
     assert run.verify(deep=kind == "rows" and tied).ok
 
 
@@ -184,6 +191,13 @@ def test_an_adapter_is_a_start(model: Path, tmp_path: Path) -> None:
     run.reset()
     Run(run.layout.root).train(file, again=True)
     assert first == checkpoints.files_of(run.layout.checkpoints()[0])["adapter_model.safetensors"]
+
+
+def test_a_start_may_go_on_with_another_dropout(model: Path, tmp_path: Path) -> None:
+    """Dropout is no part of an adapter's shape: what is asked for holds, and the rest is the adapter's."""
+    start = read_start_adapter(made_adapter(model, tmp_path / "adapter"))
+    config = with_start_adapter(Config.model_validate({"lora": {"dropout": 0.3, "rank": 4}}), start)
+    assert (0.3, 4, 12.0, str(model)) == (config.lora.dropout, config.lora.rank, config.lora.alpha, config.model)
 
 
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [

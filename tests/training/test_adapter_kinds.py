@@ -233,6 +233,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"lora.alpha_pattern": {"nowhere": 3.0}}, "lora.alpha_pattern names 'nowhere'"),
     ("llama", {"lora.modules_to_save": ["score"]}, "lora.modules_to_save names 'score'"),
     ("llama", {"lora.bias": "all"}, "no such biases"),
+    ("qwen2", {"lora.bias": "lora_only", "lora.targets": ["down_proj"]}, "no such biases"),
     ("llama", {"lora.trainable_tokens": [64]}, "which has 64 rows"),
     ("llama", {"lora.trainable_tokens": [3], "lora.modules_to_save": ["embed_tokens"]}, "trained fully"),
     ("qwen2_moe", {"lora.target_parameters": ["w1"], "lora.dropout": 0.0}, "experts.gate_up_proj"),

@@ -8,6 +8,7 @@ import os
 import resource
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,14 @@ def test_training_arguments_are_those_of_the_commit(model: Path, tmp_path: Path)
         write_checkpoint(tmp_path / f"checkpoint-{step}", checkpoints.make_contents(model, learning_rate=rate))
         arguments = torch.load(tmp_path / f"checkpoint-{step}" / "training_args.bin", weights_only=False)
         assert rate == arguments.learning_rate
+
+
+def test_a_checkpoint_names_the_one_before_it(model: Path, tmp_path: Path) -> None:
+    """By step and by the digest of its manifest; the first one names none."""
+    first = write_checkpoint(tmp_path / "checkpoint-1", checkpoints.make_contents(model))
+    contents = replace(checkpoints.make_contents(model, steps=2), parent=first)
+    second = write_checkpoint(tmp_path / "checkpoint-2", contents)
+    assert (None, {"step": 1, "digest": first.digest}) == (first.parent, second.parent)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -151,6 +151,13 @@ def test_processes_are_counted_by_what_they_left(tmp_path: Path) -> None:
     assert 3 == saved_arguments(tmp_path).processes
 
 
+def test_warmup_is_a_count_or_a_share() -> None:
+    """From 1 on it counts steps; below it is a share of all, under either key, rounded up."""
+    values = [{"warmup_steps": 1}, {"warmup_steps": 25.0}, {"warmup_steps": 0.5}, {"warmup_ratio": 0.031}, {}]
+    assert [1, 25, 50, 4, 0] == [Arguments(each).warmup_steps(100) for each in values]
+    assert 4 == Arguments({"warmup_steps": 0, "warmup_ratio": 0.031}).warmup_steps(100)
+
+
 def test_what_is_not_taken_is_named_with_a_reason() -> None:
     """Arguments that a run has no counterpart for, and only those that are set."""
     values = {"neftune_noise_alpha": 5.0, "packing": True, "data_seed": None, "num_train_epochs": 3.0, "max_steps": -1}
@@ -158,6 +165,9 @@ def test_what_is_not_taken_is_named_with_a_reason() -> None:
     names = ["num_train_epochs", "neftune_noise_alpha", "packing", "assistant_only_loss"]
     assert names == [line.split()[0] for line in lines]
     assert [] == list(left_out(Arguments({"train_sampling_strategy": "random", "num_train_epochs": 1})))
+    assert [] == list(left_out(Arguments({"num_train_epochs": 3, "max_steps": 1})))
+    (line,) = left_out(Arguments({"num_train_epochs": 3}))
+    assert "num_train_epochs 3 (epochs here are passes over each new file)" == line
     (line,) = left_out(Arguments({"train_sampling_strategy": "group_by_length", "num_train_epochs": 1}))
     assert line.startswith("train_sampling_strategy group_by_length (the order of rows is the run's own")
     assert [] == list(left_out(Arguments({"loss_type": "nll", "num_train_epochs": 1})))

@@ -174,6 +174,19 @@ def test_a_replay_that_fails_is_computed_as_usual(failing: int) -> None:
     assert "RuntimeError: another recording failed" == trainer.economy.learned.recorded.hindrance
 
 
+def test_weights_that_moved_end_recording() -> None:
+    """A recording reads the memory that weights were in; where one is elsewhere, parts are computed as usual."""
+    recorder = OpRecorder()
+    recorded, usual = make_trainer(recorder), make_trainer(None)
+    assert train(usual, 1) == train(recorded, 1)
+    replays = recorder.replays
+    for trainer in (recorded, usual):
+        weight = next(iter(trainer.state.parameters.values()))
+        weight.data = weight.data.clone()
+    assert train(usual, 1) == train(recorded, 1)
+    assert 0 < replays == recorder.replays
+
+
 @pytest.mark.parametrize("setting", ["auto", "off"])
 def test_recordings_are_the_first_to_go_if_memory_runs_out(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The step is taken again without them; only if that lacks memory too, layers are recomputed, if they may be."""

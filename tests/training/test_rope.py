@@ -126,6 +126,21 @@ def test_a_row_has_the_angles_that_it_has_alone(family: str, kind: str) -> None:
         )
 
 
+@pytest.mark.parametrize("measure", ["scores", "logits"])
+def test_what_a_row_scores_does_not_depend_on_rows_before_it(measure: str) -> None:
+    """A model that keeps the angles of the longest row that it saw measures a shorter one as if it were the first."""
+    loss = TargetLoss(make_model("llama", "dynamic"), CPU, torch.float32)
+
+    def measured(length: int) -> list[torch.Tensor]:
+        with torch.no_grad():
+            found = getattr(loss, measure)(batch(length))
+            return list(found) if measure == "scores" else [each for pair in found for each in pair]
+
+    first = measured(ORIGINAL + 4)
+    measured(2 * ORIGINAL)
+    assert all(map(torch.equal, first, measured(ORIGINAL + 4)))
+
+
 def test_angles_are_read_from_the_config() -> None:
     """Kinds whose angles depend on the length are found, also where each kind of layer has its own; others are not."""
     found = {kind: angles_of(model.config) for kind, model in models("llama")}
