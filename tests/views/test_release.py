@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from states import assert_same_state
 
 from onward import Run
-from onward.errors import UsageError
+from onward.errors import DamagedState, UsageError
 from onward.events import Event, StepTaken
 from onward.service.lock import RunLock
 from onward.service.wishes import Stopped, Wishes
+from onward.views.points import hold
 from onward.views.release import Making, Order
 from onward.views.releases import RECORD, list_releases, remove_release
 
@@ -136,6 +137,27 @@ def test_a_signal_ends_a_command_in_a_line(words: tuple[str, ...], number: str, 
     said = f"onward: stopped by {number}\n  Nothing of it is left, and the run is unchanged.\n"
     assert output.read_text().endswith(said)
     assert before == snapshot(run.layout.root)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [(WEIGHTS, f"{WEIGHTS} was changed"), ("tokenizer.json", "tokenizer.json was changed"), ("README.md", None)],
+)
+def test_a_release_that_is_not_what_was_published_is_not_used(name: str, problem: str | None, run: Run) -> None:
+    """One byte of what computes, or a missing file of it; the model card is for people, who may edit it."""
+    make(run, Order("v1", cooldown=0))
+    file = run.layout.releases / "v1" / name
+    data = file.read_bytes()
+    for changed in (data[:-1] + bytes([data[-1] ^ 1]), None):
+        file.unlink(missing_ok=True)
+        if changed is not None:
+            file.write_bytes(changed)
+        if problem is None:
+            with hold(run.layout, "v1") as point:
+                assert "v1" == point.release
+            continue
+        with pytest.raises(DamagedState, match=problem), hold(run.layout, "v1"):
+            pass
 
 
 def test_two_releases_of_one_name_never_mix(run: Run) -> None:

@@ -24,6 +24,7 @@ from onward.store.lookup import FILE, STEP, find_step
 from onward.training.checkpoints.checkpoint import Manifest, inspect_checkpoint
 from onward.training.checkpoints.huggingface import FOR_TRAINING
 from onward.views.locked import make_locked
+from onward.views.releases import read_release
 
 AT = "--at"
 RELEASE = "release:"
@@ -172,6 +173,14 @@ def _hold_release(layout: RunLayout, name: str, folder: Path, left_out: Collecti
         if found.verified is None:
             raise DamagedState(f"the release is not what was published: {'; '.join(found.problems)}", where=source)
         manifest = found.verified
+    published = read_release(source)
+    changed = published.changed(folder, left_out) if published else []
+    if changed:
+        raise DamagedState(
+            f"the release is not what was published: {changed[0]} was changed",
+            where=source,
+            hint=f"Restore it from a copy, or make it again: onward releases --remove {name}; onward release {name}",
+        )
     step = None if manifest is None else manifest.step
     return Point(folder, f"release {name}", step, manifest, release=name)
 

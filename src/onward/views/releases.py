@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from onward.atomic import remove_tree
+from onward.digest import xxh3_file
 from onward.errors import UsageError
 from onward.layout import RunLayout, entries
 from onward.text import quoted
 
 RECORD = "release.json"
 """The record that Onward writes into the folder of a release: where it comes from, and what was measured of it."""
+EDITED = (".md", ".svg")
+"""How the names of the model card and its picture end, which people may edit."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,19 @@ class Release:
     def name(self) -> str:
         """The name of the release."""
         return self.folder.name
+
+    def changed(self, held: Path, left_out: Collection[str] = ()) -> list[str]:
+        """Return which files are no longer what was published.
+
+        Args:
+            held: the folder with links or copies of its files.
+            left_out: names of files that are not there.
+        """
+        files: dict[str, str] = self.record["files"]
+        read = {name: digest for name, digest in files.items() if not name.endswith(EDITED) and name not in left_out}
+        return [
+            name for name, digest in read.items() if not (held / name).is_file() or xxh3_file(held / name) != digest
+        ]
 
     def summary(self) -> dict[str, Any]:
         """Return its entry in a list of releases, as JSON values."""
@@ -51,7 +67,7 @@ class Release:
 
 def list_releases(layout: RunLayout) -> list[Release]:
     """Return the releases of a run, the oldest first, without folders that Onward did not make."""
-    found = (_read(folder) for folder in entries(layout.releases))
+    found = (read_release(folder) for folder in entries(layout.releases))
     return sorted((release for release in found if release is not None), key=lambda release: release.record["created"])
 
 
@@ -107,7 +123,7 @@ def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _read(folder: Path) -> Release | None:
+def read_release(folder: Path) -> Release | None:
     """Return the release in a folder; None if there is no record of one."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
