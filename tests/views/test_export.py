@@ -16,6 +16,7 @@ import yaml
 from commands import assert_refused, onward
 from faults import copy_run
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from trait_templates import template_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -26,6 +27,7 @@ from onward.layout import RunLayout
 from onward.service.lock import RunLock
 from onward.training.model.base import digest_base
 from onward.views.export import gguf
+from onward.views.export import merged as merging
 from onward.views.export.card import base_facts, verify_now, write_card
 from onward.views.export.curve import POINTS, curve, thinned
 from onward.views.export.export import Wanted, export
@@ -121,6 +123,24 @@ def test_a_merge_that_computes_something_else_is_refused(stream: Path, tmp_path:
     tied.save_pretrained(copied, save_embedding_layers=False)
     with pytest.raises(VerificationFailed, match="different logits from base and adapter"):
         write_merged(copied, base, torch.float32, tmp_path / "out")
+
+
+def test_a_merged_model_that_is_written_wrongly_is_refused(
+    stream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One bit of one weight: nothing is left of the export."""
+    write = merging._write
+
+    def write_wrongly(model: Any, dtype: torch.dtype, target: Path) -> None:
+        write(model, dtype, target)
+        weights = load_file(target / "model.safetensors")
+        weights["model.norm.weight"].view(torch.int32)[0] ^= 1
+        save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(merging, "_write", write_wrongly)
+    with pytest.raises(VerificationFailed, match=r"model\.norm\.weight was not written as it is"):
+        export(RunLayout(stream), Wanted(tmp_path / "out", "merged", dtype="float32"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_of_all_weights(model: Path, tmp_path: Path) -> None:

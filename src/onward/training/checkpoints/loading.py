@@ -86,11 +86,11 @@ def read_optimizer(path: Path, *, mapped: bool = False) -> dict[str, Any]:
     except FileNotFoundError:
         raise DamagedState("the optimizer's state is missing", where=path) from None
     except Exception as error:
-        if is_of_the_device(error):
-            raise
         refused = refused_read(error)
         if refused is not None:
             raise Unreadable.of(refused, path) from None
+        if is_of_the_device(error):
+            raise
         raise DamagedState(f"the optimizer's state is damaged: {first_line(error)}", where=path) from None
 
 

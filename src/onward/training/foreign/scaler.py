@@ -26,10 +26,10 @@ def read_scale(checkpoint: Path) -> LossScale:
     except FileNotFoundError:
         return LossScale()
     except Exception as error:  # from PyTorch's reader, or what it read
-        if is_of_the_device(error):
-            raise
         refused = refused_read(error)
         if refused is not None:
             raise Unreadable.of(refused, path) from None
+        if is_of_the_device(error):
+            raise
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise DamagedState(f"this is not the state of a GradScaler: {reason}", where=path) from None
