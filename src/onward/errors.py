@@ -11,6 +11,10 @@ from typing import Any, Self
 
 from onward.text import printable
 
+END_OTHERS = "End other processes that use the memory (nvidia-smi, top)"
+"""What helps wherever memory ran out."""
+NO_THREAD = "can't start new thread"
+"""What Python says if a thread finds no room for its stack."""
 _READ_HINT = "Fix the disk or its mount, then: onward train. Nothing was removed."
 _READ_HINTS: dict[int | None, str] = {
     **dict.fromkeys((errno.EACCES, errno.EPERM), "Let this user read it, then: onward train. Nothing was removed."),

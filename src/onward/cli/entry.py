@@ -13,7 +13,7 @@ import typer
 
 from onward import startup
 from onward.cli.application import app
-from onward.errors import DeviceLost, OnwardError, first_line
+from onward.errors import END_OTHERS, DeviceLost, OnwardError, first_line
 from onward.store.waiting import is_held_by_others
 from onward.terminal import flush_results, open_standard_streams, say
 
@@ -76,7 +76,7 @@ def _about_machine(error: OSError | MemoryError | RuntimeError) -> OnwardError |
     """Return what to print for an error of the machine (disk, memory, GPU); None if it is another."""
     what, safe = first_line(error), "What was committed is safe"
     if _is_out_of_memory(error):
-        hint = f"{safe}. End other processes that use the memory (nvidia-smi, top), then repeat the command."
+        hint = f"{safe}. {END_OTHERS}, then repeat the command."
         return OnwardError(f"memory ran out: {what}", hint=hint)
     if isinstance(error, OSError):
         place = error.filename or "system"

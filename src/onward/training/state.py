@@ -98,6 +98,11 @@ class Snapshot:
         return float(self.optimizer["param_groups"][0]["lr"])
 
     @property
+    def marks(self) -> Marks | None:
+        """The marks of what was copied; None if only digests can tell."""
+        return None if self.copied is None else self.copied.marks
+
+    @property
     def moments(self) -> dict[str, dict[str, torch.Tensor]]:
         """The optimizer's counter and moments by name of their parameter; empty before the first step."""
         held = self.optimizer["state"]
@@ -252,10 +257,10 @@ class TrainState:
 
         It is not if only digests can tell, or if the copy was made of another state.
         """
-        before = None if copy.copied is None else copy.copied.marks
-        marks = None if before is None else self.marks()
-        same = (copy.learning_rate, copy.scale) == (self.learning_rate, self.scale)
-        return same and before is not None and marks is not None and equal_marks(marks, before)
+        if copy.marks is None or (copy.learning_rate, copy.scale) != (self.learning_rate, self.scale):
+            return False
+        marks = self.marks()
+        return marks is not None and equal_marks(marks, copy.marks)
 
     def reset_moments(self) -> None:
         """Start the optimizer's moments and its counter from nothing."""

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from onward.data.row_types import RowError
-from onward.errors import OnwardError
+from onward.errors import NO_THREAD, OnwardError
 from onward.text import printable
 
 FILE_ERRNOS = frozenset(
@@ -18,8 +18,6 @@ FILE_ERRNOS = frozenset(
 )  # fmt: skip
 """Errors of the operating system that trying again does not cure; all others are the machine's."""
 
-NO_THREAD = "can't start new thread"
-"""What Python says if a thread finds no room for its stack."""
 REASON_LENGTH = 300
 TOO_DEEP = ("the JSON is nested too deeply", "flatten the row")
 SPECIAL_FILE = ("is a special file (fifo, socket or device)", "copy its content to a regular file")

@@ -17,7 +17,7 @@ from typing import Any
 from onward.atomic import link_or_copy
 from onward.config import Config, stored_config
 from onward.config.text import read_config
-from onward.errors import DeviceLost, GuardRejected, NoSpace, OnwardError, TrainingError, first_line
+from onward.errors import END_OTHERS, DeviceLost, GuardRejected, NoSpace, OnwardError, TrainingError, first_line
 from onward.layout import RunLayout
 from onward.service.client import skip_queued
 from onward.service.intake.names import unused_name
@@ -29,7 +29,7 @@ from onward.service.state.settle import Settlement
 from onward.store.ledger import Ledger
 from onward.store.lookup import typed
 from onward.store.rows import FileRow
-from onward.training.device.errors import END_OTHERS, is_device_lost, is_out_of_memory
+from onward.training.device.errors import is_device_lost, is_out_of_memory
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from collections.abc import Generator
 
 import torch
 
-from onward.errors import OnwardError, first_line
+from onward.errors import END_OTHERS, NO_THREAD, OnwardError, first_line
 
 _NO_MEMORY = re.compile(
     r"out of memory|can't allocate memory|cannot allocate memory|not enough memory|bad_alloc|bad allocation"
-    r"|can't start new thread"
+    rf"|{re.escape(NO_THREAD)}"
     r"|\w+_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation|CUDA_ERROR_OUT_OF_MEMORY|hipErrorOutOfMemory",
     re.IGNORECASE,
 )
@@ -32,8 +32,6 @@ _LOST = re.compile(
 )
 
 
-END_OTHERS = "End other processes that use the memory (nvidia-smi, top)"
-"""What helps wherever memory ran out."""
 LESS_MEMORY = f"{END_OTHERS}, or set activation_checkpointing: on or a lower micro_batch_tokens in the config."
 """What helps if memory is short in a step."""
 

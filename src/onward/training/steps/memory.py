@@ -206,8 +206,10 @@ def profile_of(
     whole = _fit(model, loss, config.max_length)
     with recomputation.on():
         again = _fit(model, loss, config.max_length)
+    is_quantized = any(map(_is_quantized, model.parameters()))
+    mapped = _mapped(model) if device == "cpu" and is_quantized else 0
     return Profile(
-        base=sum(weights.values()) - trained + buffers + _mapped(model, device),
+        base=sum(weights.values()) - trained + buffers + mapped,
         trained=trained,
         moments=method.bytes(parameters),
         whole=whole,
@@ -216,23 +218,21 @@ def profile_of(
         vocabulary=embedding,
         trained_head=sum(weights[id(weight)] for weight in _trained_in(head)),
         device=device,
-        kind="4-bit" if _quantized(model) else "adapter" if isinstance(model, PeftModel) else "full",
+        kind="4-bit" if is_quantized else "adapter" if isinstance(model, PeftModel) else "full",
         workspace=method.workspace(parameters) if device == "cpu" else 0,
     )
 
 
-def _quantized(model: nn.Module) -> list[nn.Parameter]:
-    return [weight for weight in model.parameters() if hasattr(weight, "quant_state")]
+def _is_quantized(weight: nn.Parameter) -> bool:
+    return hasattr(weight, "quant_state")
 
 
-def _mapped(model: nn.Module, device: str) -> int:
+def _mapped(model: nn.Module) -> int:
     """Return what the files of a model that was quantized on a CPU take beside its weights: they stay mapped, since the
     weights that are not quantized lie in them.
     """
-    if device != "cpu" or not _quantized(model):
-        return 0
     files = sum(file.stat().st_size for file in Path(str(causal_lm(model).name_or_path)).glob("*.safetensors"))
-    plain = (each for each in model.parameters() if not each.requires_grad and not hasattr(each, "quant_state"))
+    plain = (each for each in model.parameters() if not each.requires_grad and not _is_quantized(each))
     return max(0, files - sum(each.numel() * each.element_size() for each in plain))
 
 

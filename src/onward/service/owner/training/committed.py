@@ -87,7 +87,7 @@ class CommittedState:
             is_awaited: whether nothing is trained until it is committed.
         """
         self._copy = self._state.snapshot(into=self._copy)
-        if self.newest is None and not self._is_cut and not self._state.is_proven(self._copy):  # for `LateHandover`
+        if self.newest is None and not self._is_cut and self._copy.marks is None:  # for `LateHandover`
             self._copy = replace(self._copy, known=self._copy.digest())
         self._writer.submit(
             Commit(
@@ -166,7 +166,7 @@ class CommittedState:
 
         A second probe of one state shows whether the probe is repeatable.
         """
-        if self._in_shards and self._in_shards.is_cut:
+        if self._in_shards and self._is_cut:
             return self._in_shards.measure()
         now = self._state.view()
         if known is None:
