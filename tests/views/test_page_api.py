@@ -449,14 +449,14 @@ def test_a_connection_on_which_nothing_comes_is_closed(made: RunLayout) -> None:
         b"GET /api/status HT",
         b"PUT /api/inbox/x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{",
     )
-    with serve([made.root], head_seconds=0.2) as page:
-        for beginning in beginnings:
-            with socket.create_connection(("127.0.0.1", page.port), timeout=30) as connection:
-                connection.sendall(beginning)
-                said = b""
-                while more := connection.recv(65536):
-                    said += more
-                assert beginning.startswith(b"PUT") == said.startswith(b"HTTP/1.1 401")
+    with serve([made.root], head_seconds=2.0) as page, contextlib.ExitStack() as opened:
+        connections = [
+            opened.enter_context(socket.create_connection(("127.0.0.1", page.port), timeout=30)) for _ in beginnings
+        ]
+        for connection, beginning in zip(connections, beginnings, strict=True):
+            connection.sendall(beginning)
+        said = [_said_until_closed(connection)[:12] for connection in connections]
+        assert [b"", b"", b"HTTP/1.1 401"] == said
 
 
 def test_many_connections_keep_nobody_out(made: RunLayout) -> None:
@@ -470,11 +470,20 @@ def test_many_connections_keep_nobody_out(made: RunLayout) -> None:
             connection.sendall(b"GET / HTTP/1.1\r\nHost: ")
         while len(closed := select.select(quiet, [], [], 30)[0]) < 20:
             pass
-        assert [b""] * 20 == [connection.recv(1) for connection in closed]
-        assert "idle" == page.get("/api/status")["state"]
+        assert [b""] * 20 == [_said_until_closed(connection) for connection in closed]
         kept = next(connection for connection in quiet if connection not in closed)
         kept.sendall(b"localhost\r\n\r\n")
         assert b"HTTP/1.1 401" == kept.recv(12)
+        assert "idle" == page.get("/api/status")["state"]
+
+
+def _said_until_closed(connection: socket.socket) -> bytes:
+    """Return all that comes; a close with bytes that the server has not read yet is seen as a reset."""
+    said = b""
+    with contextlib.suppress(ConnectionResetError):
+        while more := connection.recv(65536):
+            said += more
+    return said
 
 
 def test_only_so_many_follow_a_run(made: RunLayout) -> None:
