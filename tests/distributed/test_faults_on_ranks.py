@@ -32,7 +32,7 @@ WAYS: dict[str, dict[str, Any]] = {
 SIZE = 2
 POINTS = 10 if FULL_SIZE else 1
 """Changes of a rank that get a fault, spread over all of them."""
-CASES = [("whole", 0), ("shards", 0), ("shards", 1)]
+CASES = [("whole", 0), *(pytest.param("shards", rank, marks=pytest.mark.shards) for rank in (0, 1))]
 """Ways, and ranks that write: alongside a whole model the others write nothing."""
 
 

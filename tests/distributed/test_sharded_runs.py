@@ -15,6 +15,7 @@ from states import assert_same_state, temporary_files
 
 from onward import Run
 
+pytestmark = pytest.mark.shards
 SETTINGS: dict[str, Any] = {
     "evaluation": {"share": 0},
     "batch_size": 6,

@@ -38,6 +38,7 @@ from onward.training.state import TrainState
 from onward.training.trainer import Trainer
 from onward.training.world import SingleProcess
 
+pytestmark = pytest.mark.shards
 CPU = torch.device("cpu")
 
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -43,13 +43,14 @@ from onward.training.ranks.group import Group
 from onward.training.ranks.orders import COMMIT, END, FILE, LOAD, MEASURE, RELEASE, STEP, plan_told
 from onward.training.ranks.sameness import hold_same
 from onward.training.ranks.watch import Watch
-from onward.training.sharding.files import host_mesh, write_shards
-from onward.training.sharding.held import Held, hold
 from onward.training.state import Snapshot, TrainState
 from onward.training.steps.anchor import AnchorTerm
 from onward.training.steps.economy import Learned
 from onward.training.trainer import Trainer
 from onward.training.world import Message
+
+if TYPE_CHECKING:
+    from onward.training.sharding.held import Held
 
 VISIBLE = 60.0
 """Seconds within which a folder that another machine made must be visible here: NFS caches directories for a while."""
@@ -179,7 +180,10 @@ class Follower:
         return TrainState.start(model, config)
 
     def _load(self, order: Message) -> None:
-        """Build this rank's part of a sharded model."""
+        """Build this rank's part of a sharded model; what that needs is imported only then."""
+        from onward.training.sharding.files import host_mesh
+        from onward.training.sharding.held import hold
+
         self._let_go()
         config, folder = stored_config(order["config"]), order["folder"]
         manifest = None if order["manifest"] is None else Manifest.model_validate(order["manifest"])
@@ -199,6 +203,8 @@ class Follower:
 
     def _commit(self) -> None:
         """Copy this rank's shards, and write them behind training; a failure also fails at rank 0, which reports it."""
+        from onward.training.sharding.files import write_shards
+
         held = self._held
         assert held is not None
         assert held.shards is not None

@@ -17,12 +17,15 @@ from onward.errors import RankLost, UsageError, first_line
 from onward.ranks import Place
 from onward.text import how_many
 from onward.training.device.environment import describe_environment, same_environment
+from onward.training.device.support import require_support
 from onward.training.ranks.group import Group
 from onward.training.ranks.meeting import meet
 from onward.training.ranks.watch import Watch
 
 FOREVER = timedelta(days=365)
 """The timeout of a collective; while waiting, Onward itself watches the others."""
+NEEDS = {distributed.Store: ("clone",), distributed.ProcessGroup: ("set_timeout",)}
+"""What is called here and is missing in older releases of PyTorch."""
 
 
 def form(place: Place, patience: float, report: Callable[[str], None]) -> Group:
@@ -33,9 +36,11 @@ def form(place: Place, patience: float, report: Callable[[str], None]) -> Group:
         report: receives, on rank 0, differences between ranks.
 
     Raises:
+        ConfigError: PyTorch is too old.
         UsageError: this machine has no device for the rank.
         RankLost: a rank did not join.
     """
+    require_support("training on several devices", NEEDS, where="devices", instead="train on one")
     device = device_of(place)
     store, watched = _stores(place, patience)
     own = {"pid": os.getpid(), "host": socket.gethostname(), "environment": describe_environment(device, torch.float32)}

@@ -15,14 +15,12 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from onward.errors import ConfigError, ModelError
+from onward.errors import ModelError
 from onward.training.layers.recompute import FLAG
 from onward.training.layers.twin import with_weights
 from onward.training.sharding.exchange import Exchange
 
 Result = TypeVar("Result")
-NEEDS = "set_custom_reduce_scatter"
-"""What the exact exchange of gradients needs of PyTorch."""
 
 
 class ShardedModel:
@@ -37,12 +35,10 @@ class ShardedModel:
         mesh: the ranks, in one dimension, and their kind of device.
 
     Raises:
-        ConfigError: PyTorch is too old.
         ModelError: the model cannot be sharded.
     """
 
     def __init__(self, model: nn.Module, mesh: DeviceMesh) -> None:
-        _require_support()
         layers = decoder_layers(model)
         self.model = model
         self.mesh = mesh
@@ -161,12 +157,3 @@ def _require_apart(model: nn.Module, layers: Collection[nn.Module], kept_whole: 
 
 def _refusal(why: str) -> ModelError:
     return ModelError(f"the model cannot be cut into shards: {why}", where="sharding", hint="Set sharding: off.")
-
-
-def _require_support() -> None:
-    if not hasattr(FSDPModule, NEEDS):
-        raise ConfigError(
-            f"sharding needs a PyTorch whose FSDP2 has {NEEDS}; this is {torch.__version__}",
-            where="sharding",
-            hint="pip install -U torch",
-        )

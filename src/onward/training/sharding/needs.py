@@ -1,17 +1,24 @@
-"""What a config may ask for if the model is sharded."""
+"""What a config may ask for if the model is sharded, and what that needs of PyTorch."""
 
 from __future__ import annotations
 
 from onward.config import Config
 from onward.errors import ConfigError
+from onward.training.device.support import require_support
+
+NEEDS = ("set_custom_reduce_scatter", "set_reduce_scatter_unused_params")
+"""Methods of FSDP2 that the exact exchange of gradients calls."""
 
 
 def require_shardable(config: Config) -> None:
     """Refuse a config with anything that needs a forward pass of rank 0 alone, or weights that cannot be sharded.
 
     Raises:
-        ConfigError: it has such a key.
+        ConfigError: it has such a key, or PyTorch is too old.
     """
+    from torch.distributed.fsdp import FSDPModule  # takes a second, which only models in shards have to spend
+
+    require_support("sharding", {FSDPModule: NEEDS}, where="sharding", instead="set sharding: off")
     needs = {
         "evaluation.share": (config.evaluation.share, 0),
         "anchor.weight": (config.anchor.weight, 0),
