@@ -97,7 +97,8 @@ class Page:
 
 def _events(response: http.client.HTTPResponse) -> Iterator[tuple[str, Any]]:
     name = ""
-    while line := response.readline().decode().rstrip("\r\n") or "-":
+    while line := response.readline().decode():  # "" is the end of the answer
+        line = line.rstrip("\r\n")
         if line.startswith("event: "):
             name = line.removeprefix("event: ")
         elif line.startswith("data: "):
