@@ -18,6 +18,7 @@ class Old:
 def test_what_a_release_lacks_is_named() -> None:
     """The methods that are missing, where they are asked for, and what to do: upgrade, or do without."""
     require_support("this", {Old: ("get",)}, where="devices", instead="train on one")
-    with pytest.raises(ConfigError, match=r"^this needs a newer PyTorch: .* has no Old\.clone and no Old\.wait ") as refusal:
+    said = r"^this needs a newer PyTorch: .* has no Old\.clone and no Old\.wait "
+    with pytest.raises(ConfigError, match=said) as refusal:
         require_support("this", {Old: ("clone", "get", "wait")}, where="devices", instead="train on one")
     assert ("devices", "pip install -U torch, or train on one.") == (refusal.value.where, refusal.value.hint)

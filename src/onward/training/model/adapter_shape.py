@@ -115,7 +115,7 @@ def _matches(pattern: str, name: str) -> bool:
 
 def _stacked(model: nn.Module) -> list[str]:
     """Return the ends of the names of parameters that hold several matrices in one tensor."""
-    stacked = [name for name, weight in model.named_parameters() if weight.dim() == 3]
+    stacked = [name.replace(".base_layer", "") for name, weight in model.named_parameters() if weight.dim() == 3]
     return sorted({".".join(name.split(".")[-3:]) for name in stacked})
 
 

@@ -24,7 +24,10 @@ from onward.training.ranks.watch import Watch
 
 FOREVER = timedelta(days=365)
 """The timeout of a collective; while waiting, Onward itself watches the others."""
-NEEDS = {distributed.Store: ("clone",), distributed.ProcessGroup: ("set_timeout",)}
+NEEDS: Mapping[type[object], Sequence[str]] = {
+    cast(Any, distributed).Store: ("clone",),
+    distributed.ProcessGroup: ("set_timeout",),
+}
 """What is called here and is missing in older releases of PyTorch."""
 
 
