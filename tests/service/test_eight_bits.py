@@ -8,10 +8,12 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import command
 
 from onward import Run
 from onward.config import Config
@@ -86,3 +88,42 @@ def test_the_optimizer_is_locked_and_old_runs_go_on() -> None:
     assert "optimizer" not in locked
     assert {} == Config().identity_changes(locked)
     assert {"optimizer": ("adamw", "adamw_8bit")} == Config(optimizer="adamw_8bit").identity_changes(locked)
+
+
+OLD = """
+import torch
+
+def create_dynamic_map(signed):
+    return torch.linspace(-1.0 if signed else 0.0, 1.0, 256)
+
+def optimizer_update_8bit_blockwise(*_, **__):
+    raise {error}
+
+optimizer_update_32bit = optimizer_update_8bit_blockwise
+"""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Puts a folder first where a process looks for modules."""
+
+    folder: Path
+
+    def __call__(self) -> None:
+        sys.path.insert(0, str(self.folder))
+
+
+@pytest.mark.parametrize("error", ["RuntimeError('on a GPU')", "NotImplementedError('for cuda')", "KeyError('cpu')"])
+def test_a_release_without_the_kernel_is_named_when_the_run_is_made(error: str, model: Path, tmp_path: Path) -> None:
+    """Whatever an older bitsandbytes raises where it cannot take a step: refused, with the command that upgrades it."""
+    package = tmp_path / "old" / "bitsandbytes"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "functional.py").write_text(OLD.format(error=error))
+    arguments = ("init", tmp_path / "run", "--model", model, "--set", "method=full", "--set", "optimizer=adamw_8bit")
+    assert 2 == command(tmp_path / "said", *arguments, prepare=Found(package.parent))
+    said = (tmp_path / "said").read_text()
+    assert "the installed bitsandbytes has no 8-bit AdamW for cpu: " in said
+    assert 'pip install -U "onward[qlora]"' in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "run" / "ledger.sqlite3").exists()

@@ -11,6 +11,7 @@ from torch import nn
 
 from onward.config import Config
 from onward.errors import ModelError, first_line
+from onward.training.device.errors import is_of_the_device
 from onward.training.optimizers.adamw import AdamW
 from onward.training.optimizers.blockwise import (
     CODEBOOKS,
@@ -51,7 +52,9 @@ class AdamW8bit(AdamW):
         weight.grad = torch.ones_like(weight)
         try:
             BlockwiseAdamW([{"params": [weight]}], lr=1e-3, eps=1e-8).step()
-        except (NotImplementedError, ImportError, AttributeError, TypeError) as error:
+        except Exception as error:  # each release of bitsandbytes says it in its own way
+            if is_of_the_device(error):
+                raise
             what = f"the installed bitsandbytes has no 8-bit AdamW for {device.type}: {first_line(error)}"
             raise _missing(what, upgrade=True) from None
 
