@@ -38,6 +38,7 @@ def test_bad_use_is_refused(
 ) -> None:
     """Wrong usage ends with status 2 and says what is right."""
     monkeypatch.setenv("ONWARD_RUN", str(untouched))
+    monkeypatch.chdir(untouched.parent)  # where `init` would make a run if it were not refused
     good = str(untouched.parent / "good.jsonl")
     assert_refused(onward(*(argument.format(good=good) for argument in arguments)), 2, *words)
 
