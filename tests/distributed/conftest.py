@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from onward.config import Config
 from onward.errors import ConfigError
-from onward.training.sharding.needs import require_shardable
+from onward.training.sharding.needs import require_fsdp
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -17,7 +16,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what shards a model where PyTorch is too old for it, before any fixture does so."""
     if item.get_closest_marker("shards"):
         try:
-            require_shardable(Config(model="m"))
+            require_fsdp()
         except ConfigError as error:
             pytest.skip(str(error))
 

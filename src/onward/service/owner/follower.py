@@ -203,18 +203,16 @@ class Follower:
 
     def _commit(self) -> None:
         """Copy this rank's shards, and write them behind training; a failure also fails at rank 0, which reports it."""
-        from onward.training.sharding.files import write_shards
-
         held = self._held
         assert held is not None
         assert held.shards is not None
         self._wait_for_shards()
         copy = self._copy = held.state.snapshot(into=self._copy)
-        target, shards = self._layout.shards / "state", held.shards
+        target = self._layout.shards / "state"
 
         def write() -> None:
             with contextlib.suppress(Exception):
-                write_shards(target, copy, shards, held.host)
+                held.write(target, copy)
 
         self._writing = threading.Thread(target=write, name="onward-shards", daemon=True)
         self._writing.start()

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from onward.training.admission.findings import pattern_of
+from onward.training.model.adapter_shape import plain_name
 
 _LARGE = 0.02
 """The share of the model from which a kind of matrices without an adapter is reported."""
@@ -42,7 +43,7 @@ def modules_of(names: Iterable[str]) -> tuple[str, ...]:
     found: dict[str, None] = {}
     for name in names:
         module = name.partition(".lora_")[0].removeprefix("base_model.model.")
-        found[module.replace(".base_layer", "")] = None
+        found[plain_name(module)] = None
     return tuple(found)
 
 
@@ -63,7 +64,7 @@ def large_without_adapter(model: nn.Module, base: PreTrainedModel, left_out: Col
     total = sum(parameter.numel() for parameter in [*reached.values(), *others.values()])
     sizes: dict[str, int] = {}
     for name, parameter in others.items():
-        plain = name.replace(".base_layer", "")
+        plain = plain_name(name)
         if parameter.dim() >= 2 and not any(plain.startswith(f"{module}.") for module in left_out):
             end = pattern_of(plain).rpartition("*.")[2]
             sizes[end] = sizes.get(end, 0) + parameter.numel()

@@ -71,8 +71,8 @@ def require_effect(model: PeftModel, config: Config) -> None:
     parts: dict[str, nn.Module] = dict(model.get_base_model().named_modules())
     adapted = {name: part for name, part in parts.items() if isinstance(part, LoraLayer)}
     saved = [name for name, part in parts.items() if isinstance(part, ModulesToSaveWrapper)]
-    parameters = [f"{name}.{part.parameter_name}" for name, part in adapted.items() if isinstance(part, ParamWrapper)]
-    parameters = [name.replace(".base_layer", "") for name in parameters]
+    stacked = ((name, part) for name, part in adapted.items() if isinstance(part, ParamWrapper))
+    parameters = [plain_name(f"{name}.{part.parameter_name}") for name, part in stacked]
     modules = {name: part for name, part in adapted.items() if not isinstance(part, ParamWrapper)}
     layers = _layers(modules)
     _require("lora.target_parameters", lora.target_parameters, parameters, _ends_with, lambda: _stacked(model))
@@ -83,6 +83,11 @@ def require_effect(model: PeftModel, config: Config) -> None:
     trained = [name for name, weight in model.named_parameters() if weight.requires_grad and name.endswith(".bias")]
     if lora.bias != "none" and not trained:
         raise ConfigError(f"lora.bias is {lora.bias}, but there are no such biases", where="lora.bias", hint=_NONE)
+
+
+def plain_name(name: str) -> str:
+    """Return a name in an adapted model without the layers that the adapter put around a module."""
+    return name.replace(".base_layer", "")
 
 
 _NONE = "Leave it out: --set lora.bias=none"
@@ -115,7 +120,7 @@ def _matches(pattern: str, name: str) -> bool:
 
 def _stacked(model: nn.Module) -> list[str]:
     """Return the ends of the names of parameters that hold several matrices in one tensor."""
-    stacked = [name.replace(".base_layer", "") for name, weight in model.named_parameters() if weight.dim() == 3]
+    stacked = [plain_name(name) for name, weight in model.named_parameters() if weight.dim() == 3]
     return sorted({".".join(name.split(".")[-3:]) for name in stacked})
 
 

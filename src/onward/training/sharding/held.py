@@ -19,6 +19,7 @@ from onward.training.model.load import build_model
 from onward.training.model.spec import ModelSpec
 from onward.training.model.treatment import Treatment
 from onward.training.sharding.exchange import WholeExchange
+from onward.training.sharding.files import write_shards
 from onward.training.sharding.loading import load_sharded
 from onward.training.sharding.measuring import digest_in_shards, probe_in_shards
 from onward.training.sharding.model import ShardedModel
@@ -26,7 +27,7 @@ from onward.training.sharding.needs import require_shardable
 from onward.training.sharding.shards import Shards
 from onward.training.sharding.state import start_sharded
 from onward.training.sharding.steps import Gradients, InShards, loss_in_shards
-from onward.training.state import TrainState
+from onward.training.state import Snapshot, TrainState
 
 LONGEST = timedelta(minutes=10)
 """How long a collective within a step may take: ranks reach it almost together, and one that never does must end."""
@@ -71,6 +72,11 @@ class Held:
         digest = state.view().digest() if shards is None else digest_in_shards(state, shards)
         count = state.view().adam_step()
         return Measurement(digest.weights, digest.moments, count, state.learning_rate, probed.loss, probed.gradient)
+
+    def write(self, target: Path, snapshot: Snapshot) -> None:
+        """Write a copy of this rank's shards; every rank must call this at once. See `write_shards`."""
+        assert self.shards is not None
+        write_shards(target, snapshot, self.shards, self.host)
 
 
 def hold(

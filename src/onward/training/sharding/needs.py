@@ -16,9 +16,7 @@ def require_shardable(config: Config) -> None:
     Raises:
         ConfigError: it has such a key, or PyTorch is too old.
     """
-    from torch.distributed.fsdp import FSDPModule  # takes a second, which only models in shards have to spend
-
-    require_support("sharding", {FSDPModule: NEEDS}, where="sharding", instead="set sharding: off")
+    require_fsdp()
     needs = {
         "evaluation.share": (config.evaluation.share, 0),
         "anchor.weight": (config.anchor.weight, 0),
@@ -39,3 +37,14 @@ def require_shardable(config: Config) -> None:
             )
     if config.method == "qlora":
         raise ConfigError("4-bit weights cannot be cut into shards", where="sharding", hint="Set sharding: off.")
+
+
+def require_fsdp() -> None:
+    """Refuse a PyTorch that cannot shard a model as exactly as one device computes it.
+
+    Raises:
+        ConfigError: PyTorch is too old.
+    """
+    from torch.distributed.fsdp import FSDPModule  # takes a second, which only models in shards have to spend
+
+    require_support("sharding", {FSDPModule: NEEDS}, where="sharding", instead="set sharding: off")

@@ -19,7 +19,7 @@ from onward.training.measuring.handover import Measurement
 from onward.training.measuring.probe import Probed
 from onward.training.model.spec import ModelSpec
 from onward.training.ranks.orders import COMMIT, LOAD, MEASURE
-from onward.training.sharding.files import host_mesh, read_manifest, require_files, write_shards
+from onward.training.sharding.files import host_mesh, read_manifest, require_files
 from onward.training.sharding.held import Held, hold
 from onward.training.sharding.needs import require_shardable
 from onward.training.sharding.whole import whole_state
@@ -136,9 +136,8 @@ class ShardedRun:
             remove_tree(folder)
 
     def _write(self, target: Path, snapshot: Snapshot) -> None:
-        assert self.held.shards is not None
         try:
-            write_shards(target, snapshot, self.held.shards, self.held.host)
+            self.held.write(target, snapshot)
         except RuntimeError as error:
             raise RankLost(
                 f"a rank was lost while the shards were written: {first_line(error)}",
