@@ -8,6 +8,7 @@ import io
 import os
 import pickle
 import random
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from onward.config.text import parse_config
 from onward.errors import DamagedState
 from onward.training.foreign.arguments import Arguments, read_arguments
 from onward.training.foreign.folders import TrainerFolder
-from onward.training.foreign.pickles import Inert, NotAPickle, run_pickle
+from onward.training.foreign.pickles import Inert, NotAPickle, read_saved, run_pickle
 from onward.training.foreign.schedules import TrainerSchedule, read_schedule, schedule_settings
 from onward.training.foreign.settings import argument_settings, left_out, router_loss
 from onward.training.schedule import learning_rate
@@ -88,6 +89,22 @@ def test_bytes_that_are_no_pickle_are_refused() -> None:
             torn[source.randrange(len(torn))] = source.randrange(256)
         with contextlib.suppress(NotAPickle):
             run_pickle(io.BytesIO(bytes(torn)))
+
+
+@pytest.mark.parametrize("way", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_damaged_archive_is_read_or_is_none(way: int, tmp_path: Path) -> None:
+    """However its members are compressed, a bit that changed anywhere in it gives a value, or a refusal."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", way) as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"steps": list(range(300))}))
+    path, data, refused = tmp_path / "training_args.bin", packed.getvalue(), 0
+    for place in range(0, len(data), 3):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
+        try:
+            read_saved(path)
+        except NotAPickle:
+            refused += 1
+    assert refused > 20
 
 
 def saved_arguments(folder: Path, **settings: Any) -> Arguments:
