@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onward.views.page.access import Hosts, Key
+from onward.views.page.access import Key
 from onward.views.page.app import PageSettings, make_app
 from onward.views.page.runs import find_runs
 from onward.views.page.serving import PageServer, server_config
+from onward.views.web.origin import Hosts
 
 
 @dataclass(frozen=True)

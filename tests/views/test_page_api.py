@@ -30,13 +30,14 @@ pytest.importorskip("sse_starlette")
 
 from pages import Page, serve
 
-from onward.views.connections import MOST_QUIET
-from onward.views.page.access import Hosts, Key, is_foreign, is_loopback
+from onward.views.page.access import Key
 from onward.views.page.pages import STATIC
 from onward.views.page.reading import RunReader
 from onward.views.page.runs import find_runs
 from onward.views.page.streams import FOLLOWERS, Watcher
 from onward.views.page.upload import remove_dead_parts, require_name
+from onward.views.web.connections import MOST_QUIET
+from onward.views.web.origin import Hosts, is_foreign, is_loopback
 
 FILES = [("a.jsonl", 7), ("b.jsonl", 93)]
 HOSTILE = "<script>alert(1)</script>"

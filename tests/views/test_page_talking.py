@@ -20,9 +20,9 @@ pytest.importorskip("uvicorn")
 
 from onward.errors import ModelError, UsageError
 from onward.layout import RunLayout
-from onward.views.connections import incoming
 from onward.views.page import answering
 from onward.views.page.talking import Talker
+from onward.views.web.connections import incoming
 
 ANSWERS = """
 import json, os, sys

@@ -34,7 +34,7 @@ uvicorn = pytest.importorskip("uvicorn", reason="onward[serve] is not installed"
 pytest.importorskip("starlette", reason="onward[serve] is not installed")
 
 from onward.views.serve.app import Service  # noqa: E402
-from onward.views.serve.server import Following, base_url, listen, names_of  # noqa: E402
+from onward.views.serve.server import Following, base_url, hosts_of, listen  # noqa: E402
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8}
 QUESTION: list[Any] = [{"role": "user", "content": "what runs past the river?"}]
@@ -44,7 +44,7 @@ QUESTION: list[Any] = [{"role": "user", "content": "what runs past the river?"}]
 def served(engine: Engine, key: str | None = None, host: str = "127.0.0.1", name: str = "run") -> Iterator[str]:
     """Yield the base URL of a server over an engine."""
     listening = listen(host, 0, None)
-    service = Service(engine, name, key, names_of(host))
+    service = Service(engine, name, key, hosts_of(host, listening))
     server = uvicorn.Server(uvicorn.Config(service.app(), log_level="error", lifespan="off"))
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
@@ -171,13 +171,14 @@ def test_strangers_are_refused(url: str, engine: Engine) -> None:
     body = {"messages": QUESTION, **GREEDY}
     path = f"{url}/chat/completions"
     assert 403 == ask(path, body, Origin="https://evil.example")[0]
-    assert 400 == ask(path, body, Host="evil.example")[0]
+    assert 403 == ask(path, body, Host="evil.example")[0]
     assert 200 == ask(path, body, Origin="http://localhost:3000")[0]
     with served(engine, key="secret") as locked:
         statuses = [
-            ask(f"{locked}/chat/completions", body, Authorization=f"Bearer {key}")[0] for key in ("x", "secret")
+            ask(f"{locked}/chat/completions", body, Authorization=given)[0]
+            for given in ("Bearer x", "secret", "Bearer secret", "bearer secret")
         ]
-        assert [401, 200] == statuses
+        assert [401, 401, 200, 200] == statuses
         assert 401 == ask(f"{locked}/chat/completions", b" " * (64 << 20))[0]
 
 
@@ -231,6 +232,15 @@ def test_what_is_not_answered_is_told_as_openai_tells_it(url: str, method: str, 
     error = json.loads(refused.value.read())["error"]
     assert (status, "invalid_request_error") == (refused.value.code, error["type"])
     assert f"{method} /v1{path}" in error["message"]
+
+
+def test_a_server_that_only_this_machine_reaches_knows_its_names_whatever_it_is_called() -> None:
+    """A name of this machine's loopback keeps other names out as its address does; one that others reach has a key."""
+    with listen("127.0.0.1", 0, None) as local, listen("0.0.0.0", 0, "key") as wide:
+        hosts = hosts_of("my-laptop", local)
+        assert hosts is not None
+        assert [True, True, False] == [hosts.know(host) for host in ("my-laptop:80", "localhost", "evil.example")]
+        assert hosts_of("0.0.0.0", wide) is None
 
 
 @pytest.mark.parametrize("host", ["127.0.0.2", "localhost", "::1"])

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from onward.errors import FileRejected, NoSpace, NotMadeHere, OnwardError, RunLocked, UsageError
 from onward.text import printable
-from onward.views.connections import incoming
+from onward.views.web.connections import incoming
 
 Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
 

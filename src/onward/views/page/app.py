@@ -19,8 +19,7 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from onward.errors import OnwardError
-from onward.views.connections import ReadToEnd
-from onward.views.page.access import Hosts, Key
+from onward.views.page.access import Key
 from onward.views.page.answers import gone, http_error, json_answer, knowing, machine_error, onward_error
 from onward.views.page.middleware import RequireAccess
 from onward.views.page.pages import STATIC, list_page
@@ -29,6 +28,8 @@ from onward.views.page.routes import RunRoutes
 from onward.views.page.runs import NamedRun
 from onward.views.page.streams import SECONDS
 from onward.views.page.warming import Warming
+from onward.views.web.connections import ReadToEnd
+from onward.views.web.origin import Hosts
 
 
 @dataclass(frozen=True)

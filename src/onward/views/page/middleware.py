@@ -8,9 +8,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from onward.views.page.access import COOKIE, SAFE_METHODS, Hosts, Key, is_foreign
+from onward.views.page.access import COOKIE, SAFE_METHODS, Key
 from onward.views.page.answers import refusal
 from onward.views.page.pages import closed_page, enter_page
+from onward.views.web.origin import Hosts, is_foreign
 
 POLICY = "; ".join((
     "default-src 'none'", "script-src 'self'", "style-src 'self'", "img-src 'self'", "connect-src 'self'",

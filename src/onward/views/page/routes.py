@@ -15,8 +15,6 @@ from starlette.routing import BaseRoute, Route
 from onward.errors import OnwardError, UsageError
 from onward.store.lookup import ALL_STATES
 from onward.store.rows import FileRow
-from onward.views.addresses import NameRoute
-from onward.views.connections import incoming
 from onward.views.page import control
 from onward.views.page.answers import Endpoint, json_answer, knowing, number, refusal, wanted
 from onward.views.page.pages import run_page
@@ -26,6 +24,8 @@ from onward.views.page.runs import NamedRun
 from onward.views.page.streams import Watcher
 from onward.views.page.talking import WISHED, Talker
 from onward.views.page.upload import Upload, require_name
+from onward.views.web.addresses import NameRoute
+from onward.views.web.connections import incoming
 
 T = TypeVar("T")
 READING, ACTING = 2, 4

@@ -13,11 +13,12 @@ import uvicorn
 from starlette.applications import Starlette
 
 from onward.errors import UsageError
-from onward.views.connections import Server
-from onward.views.page.access import Hosts, Key, is_loopback
+from onward.views.page.access import Key
 from onward.views.page.app import PageSettings, make_app
 from onward.views.page.runs import find_runs
 from onward.views.page.upload import remove_dead_parts
+from onward.views.web.connections import Server
+from onward.views.web.origin import Hosts, is_loopback
 
 NICENESS = 5
 """The niceness of the page: training goes first if both want a core."""

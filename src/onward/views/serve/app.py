@@ -18,21 +18,20 @@ from starlette.applications import Starlette
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from onward.errors import OnwardError, UsageError
-from onward.views.addresses import NameRoute
 from onward.views.chat.engine import Engine, Reply
-from onward.views.connections import ReadToEnd, incoming
 from onward.views.serve.answers import Shape, event, failure
 from onward.views.serve.requests import Asked, BadRequest, read_request
+from onward.views.web.addresses import NameRoute
+from onward.views.web.connections import ReadToEnd, incoming
+from onward.views.web.origin import Hosts, bearer
 
 LARGEST = 8 << 20
 """The most bytes of a request."""
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 @dataclass(frozen=True)
@@ -43,13 +42,14 @@ class Service:
         engine: gives the answers.
         model: the name under which the model is listed.
         key: what `Authorization: Bearer` must contain; None lets everybody ask who can reach the port.
-        hosts: names under which the server may be addressed; a page of another site cannot use them.
+        hosts: names under which the server may be addressed, and whose pages may ask. None is for a server that other
+            machines reach, with the key: it takes every name and refuses all pages.
     """
 
     engine: Engine
     model: str
-    key: str | None = None
-    hosts: tuple[str, ...] = LOOPBACK
+    key: str | None
+    hosts: Hosts | None
 
     def app(self) -> Starlette:
         """Return the application."""
@@ -60,9 +60,8 @@ class Service:
             NameRoute("/v1/models", self.one_model, methods=["GET"]),
             Route("/health", self.health),
         ]
-        hosts = Middleware(TrustedHostMiddleware, allowed_hosts=list(self.hosts), www_redirect=False)
         handlers: Any = {BadRequest: _refused, HTTPException: _unknown, ClientDisconnect: _gone, Exception: _failed}
-        return Starlette(routes=routes, middleware=[Middleware(ReadToEnd), hosts], exception_handlers=handlers)
+        return Starlette(routes=routes, middleware=[Middleware(ReadToEnd)], exception_handlers=handlers)
 
     async def chat(self, request: Request) -> Response:
         """Answer messages."""
@@ -97,12 +96,13 @@ class Service:
         }  # fmt: skip
 
     def _refuse(self, request: Request) -> Response | None:
-        """Return the refusal of a request that comes from a page of another site, or without the key."""
+        """Return the refusal of a request under another name, from a page of another site, or without the key."""
+        if self.hosts is not None and not self.hosts.know(request.headers.get("host", "")):
+            return JSONResponse(failure("this server has no such host name"), 403)
         origin = request.headers.get("origin")
-        if origin is not None and _host_of(origin) not in self.hosts:
+        if origin is not None and (self.hosts is None or not self.hosts.know(origin.partition("://")[2])):
             return JSONResponse(failure("requests from pages of other sites are refused"), 403)
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if self.key is not None and not hmac.compare_digest(given.encode(), self.key.encode()):
+        if self.key is not None and not hmac.compare_digest(bearer(request.headers).encode(), self.key.encode()):
             return JSONResponse(failure("the API key is missing or wrong", kind="authentication_error"), 401)
         return None
 
@@ -190,9 +190,3 @@ async def _gone(request: Request, error: ClientDisconnect) -> Response:
 async def _failed(request: Request, error: Exception) -> Response:
     del request, error
     return JSONResponse(failure("the server failed; its own output says why", kind="server_error"), 500)
-
-
-def _host_of(origin: str) -> str:
-    """Return the host that an Origin header names, without its port."""
-    host = origin.partition("://")[2]
-    return host.rpartition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]

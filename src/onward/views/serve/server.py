@@ -15,10 +15,11 @@ from onward.errors import OnwardError, UsageError
 from onward.layout import RunLayout
 from onward.service.holder import is_held
 from onward.views.chat.engine import Engine
-from onward.views.connections import Server
 from onward.views.loaded import load
 from onward.views.points import hold, state_mark
-from onward.views.serve.app import LOOPBACK, Service
+from onward.views.serve.app import Service
+from onward.views.web.connections import Server
+from onward.views.web.origin import Hosts, is_loopback
 
 LOOK_SECONDS = 1.0
 """Seconds between two checks for a newer commit."""
@@ -68,7 +69,7 @@ def serve(
         mark = state_mark(layout) if served.follow else None
         with hold(layout, served.at) as point, Engine(load(layout, point)) as engine:
             said(f"{engine.loaded.label} answers")
-            app = Service(engine, layout.root.absolute().name, key, names_of(host)).app()
+            app = Service(engine, layout.root.absolute().name, key, hosts_of(host, listening)).app()
             server = _Announcing(_config(app), lambda: ready(url))
             following = Following(layout, engine, mark, said, give_way) if served.follow else contextlib.nullcontext()
             with following, contextlib.suppress(KeyboardInterrupt):  # this is how it is ended
@@ -91,7 +92,7 @@ def listen(host: str, port: int, key: str | None) -> socket.socket:
         family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
         raise UsageError(f"there is no such host: {error.strerror}", where="--host") from None
-    if key is None and not _is_loopback(str(place[0])):
+    if key is None and not is_loopback(str(place[0])):
         hint = "Set ONWARD_API_KEY; clients then send it as their API key."
         raise UsageError("other machines could reach the model, and no key is set", where="--host", hint=hint)
     listening = socket.socket(family, socket.SOCK_STREAM)
@@ -185,13 +186,9 @@ def base_url(host: str, listening: socket.socket) -> str:
     return f"http://{_named(host)}:{listening.getsockname()[1]}/v1"
 
 
-def names_of(host: str) -> tuple[str, ...]:
-    """Return the names under which clients may address the server."""
-    return (*LOOPBACK, _named(host)) if _is_loopback(host) else ("*",)
-
-
-def _is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
+def hosts_of(host: str, listening: socket.socket) -> Hosts | None:
+    """Return the names by which a server may be addressed that only this machine can reach; None for others."""
+    return Hosts.of(host) if is_loopback(listening.getsockname()[0]) else None
 
 
 def _named(host: str) -> str:

@@ -1,0 +1,1 @@
+"""What the two servers, the page and the interface over HTTP, have in common."""
