@@ -6,10 +6,13 @@ are others than 0 (`<!-- run: 0 3 -->`), or by a test of its own (`<!-- run in t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,16 +89,18 @@ def run(script: str) -> int:
 
     bash is replaced by the last command, and `timeout --signal=KILL` kills itself too.
     """
-    done = subprocess.run(
-        ["bash", "-e", "-c", script],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=SECONDS,
-        stdin=subprocess.DEVNULL,
-    )
-    print(script, done.stdout, done.stderr)
-    return done.returncode if done.returncode >= 0 else 128 - done.returncode
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            ["bash", "-e", "-c", script], stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True
+        )
+        try:
+            status = process.wait(SECONDS)
+        finally:  # what it left in the background would otherwise go on for ever
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        said.seek(0)
+        print(script, said.read())
+    return status if status >= 0 else 128 - status
 
 
 def prepare(program: Path, model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

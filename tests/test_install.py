@@ -196,6 +196,7 @@ def _on_macos(run: str, file: str) -> None:
     for name in ("sched_getaffinity", "posix_fadvise", "copy_file_range"):
         if hasattr(os, name):
             delattr(os, name)
+    vars(shutil)["_USE_CP_COPY_FILE_RANGE"] = False  # from Python 3.14 on, shutil calls it where there is one
     vars(fcntl).update(F_FULLFSYNC=full, fcntl=call)
     vars(sys)["platform"] = "darwin"
     from onward import Run

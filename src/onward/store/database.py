@@ -125,7 +125,7 @@ class Snapshot(sqlite3.Connection):
 
 
 def _connect(address: str) -> sqlite3.Connection:
-    return sqlite3.connect(address, TRY, **OPTIONS)
+    return sqlite3.connect(address, timeout=TRY, **OPTIONS)
 
 
 def refusal(path: Path, error: sqlite3.DatabaseError) -> Exception:

@@ -50,9 +50,9 @@ def read_saved(path: Path) -> Any:
     if path.stat().st_size > LARGEST:
         raise NotAPickle(f"it has more than {LARGEST} bytes")
     data = path.read_bytes()
-    if not zipfile.is_zipfile(io.BytesIO(data)):
-        return _legacy(data)
     try:
+        if not zipfile.is_zipfile(io.BytesIO(data)):
+            return _legacy(data)
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             (member,) = (entry for entry in archive.infolist() if entry.filename.endswith("data.pkl"))
             if member.file_size > LARGEST:
@@ -60,7 +60,7 @@ def read_saved(path: Path) -> Any:
             return run_pickle(io.BytesIO(archive.read(member)))
     except (NotAPickle, MemoryError):
         raise
-    except Exception as error:  # each way to compress has errors of its own
+    except Exception as error:  # each way to compress, and each Python, has errors of its own
         raise NotAPickle(f"it is not an archive of torch.save: {error}") from None
 
 
