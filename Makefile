@@ -43,6 +43,7 @@ soak: $(READY) ## kills and faults at full size (hours)
 lint: $(READY) ## style, types for the oldest and the newest Python, layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@command -v node >/dev/null || $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt "pyright[nodejs]"
 	$(BIN)/pyright
 	$(BIN)/pyright --pythonversion $(NEWEST)
 	$(BIN)/lint-imports

@@ -6,7 +6,7 @@ timing, nothing is added atomically: the same tensors give the same bits in ever
 parts is Liger Kernel's; Hsu et al., 2024.)
 """
 
-# pyright: basic, reportMissingImports=false, reportIndexIssue=false
+# pyright: basic, reportMissingImports=false, reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 
