@@ -144,6 +144,11 @@ class _Stream:
         return getattr(self._stream, name)
 
 
+def without_links(*_: object, **__: object) -> None:
+    """Stand in for `os.link` on a file system without hard links, such as exFAT."""
+    raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+
 def copy_run(source: Path, target: Path) -> Path:
     """Copy a run as it is: files that are hard links of each other stay so."""
     links: dict[int, str] = {}

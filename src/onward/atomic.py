@@ -122,6 +122,25 @@ def link_or_copy(source: Path, target: Path) -> None:
         fsync_file(target)
 
 
+def move_to_free_name(source: Path, target: Path) -> None:
+    """Move a file to a name in the same folder, never over another one.
+
+    Raises:
+        FileExistsError: the name is taken.
+    """
+    try:
+        target.hardlink_to(source)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
+        source.rename(target)
+    else:
+        source.unlink()
+    fsync_directory(target.parent)
+
+
 def link_tree(source: Path, target: Path) -> None:
     """Make `target` a directory of hard links to the files of `source`; it appears atomically."""
     temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")

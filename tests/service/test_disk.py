@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from daemons import SETTINGS, Hold, done, end, is_in, rows_file, until, watch
+from faults import without_links
 from processes import train
 from runs import new_run
 from states import assert_same_state, temporary_files
@@ -170,3 +171,19 @@ def test_a_run_on_a_full_disk_can_be_looked_at(disk: Path, model: Path, tmp_path
     with Ledger(run.layout.ledger, read_only=True) as ledger:
         assert not ledger.is_snapshot
     assert ["a.jsonl", "b.jsonl"] == done(run)
+
+
+def test_a_disk_without_hard_links(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the file system has none (exFAT), files are copied; the run goes back, is rebuilt, and is the same run."""
+    files = [rows_file(tmp_path / f"{name}.jsonl", 8, seed) for seed, name in enumerate("abc")]
+    twin = new_run(tmp_path / "twin", model, **SETTINGS)
+    twin.train(files[0], files[2])
+    monkeypatch.setattr(os, "link", without_links)
+    run = new_run(tmp_path / "run", model, **SETTINGS)
+    run.train(*files)
+    run.rollback("b.jsonl")
+    run.train(files[2], again=True)
+    run.rebuild("b.jsonl")
+    assert_same_state(twin.layout.root, run.layout.root)
+    assert run.verify(deep=True).ok
+    assert [] == temporary_files(run.layout.root)

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from commands import assert_refused, onward
-from faults import copy_run
+from faults import copy_run, without_links
 from processes import apart
 from trait_templates import template_text
 
@@ -284,10 +284,17 @@ def test_a_conversation(stream: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert ["done"] == [entry["state"] for entry in run.train(saved)]  # what was saved is a file that can be trained
 
 
-def test_rows_saved_in_one_second_are_several_files(stream: Path, tmp_path: Path) -> None:
-    """A name in the inbox is never taken twice."""
+@pytest.mark.parametrize("links", [True, False])
+def test_rows_saved_in_one_second_are_several_files(
+    stream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    """A name in the inbox is never taken twice, also on a file system without hard links."""
     layout = RunLayout(copy_run(stream, tmp_path / "run"))
-    assert 3 == len({save_row({"text": "x"}, layout) for _ in range(3)})
+    if not links:
+        monkeypatch.setattr(os, "link", without_links)
+    saved = {save_row({"text": "x"}, layout) for _ in range(3)}
+    assert 3 == len(saved)
+    assert saved == set(layout.inbox.iterdir())
 
 
 def test_it_goes_on_to_newer_commits(stream: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from onward.atomic import fsync_directory, write_file
+from onward.atomic import move_to_free_name, write_file
 from onward.data.row_types import Message
 from onward.errors import UsageError
 from onward.layout import RunLayout
@@ -96,10 +96,8 @@ def _into_inbox(line: bytes, inbox: Path) -> Path:
     write_file(temporary, line)
     for name in names:
         try:
-            (inbox / name).hardlink_to(temporary)
+            move_to_free_name(temporary, inbox / name)
         except FileExistsError:
             continue
-        temporary.unlink()
-        fsync_directory(inbox)
         return inbox / name
     raise FileExistsError(17, "a thousand rows were saved within this second", str(inbox))

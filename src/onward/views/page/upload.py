@@ -18,7 +18,7 @@ from pathlib import Path
 
 from anyio import to_thread
 
-from onward.atomic import fsync_directory
+from onward.atomic import move_to_free_name
 from onward.errors import NoSpace, NotMadeHere, UsageError
 from onward.service.intake.inbox import IGNORED, PRIORITIES
 from onward.text import printable
@@ -122,13 +122,9 @@ class Upload:
         os.fsync(writer.fileno())
         writer.close()
         try:
-            os.link(self._part, self._target)
+            move_to_free_name(self._part, self._target)
         except FileExistsError:
             raise self._taken() from None
-        except OSError:  # a file system without hard links
-            self._require_free_name()
-            self._part.rename(self._target)
-        fsync_directory(self._target.parent)
 
     def _require_free_name(self) -> None:
         if os.path.lexists(self._target):
