@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -266,7 +267,8 @@ def test_one_run_in_two_processes(trained: Path, copy: Path, program: Path, tmp_
 
 def test_a_reader_that_leaves_early_is_no_failure(trained: Path) -> None:
     """`onward history | head -0` ends quietly: nothing on stderr, no traceback."""
-    command = f"{sys.executable} -m onward history | true; {sys.executable} -m onward status | true"
+    program = f"{shlex.quote(sys.executable)} -m onward"
+    command = f"{program} history | true; {program} status | true"
     environment = {**os.environ, "ONWARD_RUN": str(trained), "PYTHONPATH": str(Path(cli.__file__).parents[2])}
     done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=False)
     assert "" == done.stderr
