@@ -15,6 +15,7 @@ import tiny
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # and so do the processes that tests start
+os.environ.pop("PYTHONUNBUFFERED", None)  # they keep what they print in buffers, as they do for users
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
 settings.register_profile("exploring", deadline=None, print_blob=True)

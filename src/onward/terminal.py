@@ -92,6 +92,15 @@ def flush_results() -> None:
         sys.stdout.flush()
 
 
+def give_up_unwritten() -> None:
+    """Drop what the standard streams still hold and cannot write: Python would end with a status of its own for it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            silence(stream)
+
+
 def write(stream: TextIO, text: str) -> None:
     """Write to a stream at once; what it does not accept is lost."""
     try:

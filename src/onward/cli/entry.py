@@ -15,7 +15,7 @@ from onward import startup
 from onward.cli.application import app
 from onward.errors import END_OTHERS, DeviceLost, OnwardError, first_line
 from onward.store.waiting import is_held_by_others
-from onward.terminal import flush_results, open_standard_streams, say
+from onward.terminal import flush_results, give_up_unwritten, open_standard_streams, say
 
 CommandLineError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])
 """`ClickException`, from click itself or from the copy of click inside typer."""
@@ -36,8 +36,11 @@ def status_of_command(seen: Callable[[OnwardError], None] = lambda _: None) -> i
     """
     startup.set_environment()
     open_standard_streams()
-    with startup.endings_interrupt() as came:
-        return _status_of(came, seen)
+    try:
+        with startup.endings_interrupt() as came:
+            return _status_of(came, seen)
+    finally:
+        give_up_unwritten()
 
 
 def _status_of(came: list[str], seen: Callable[[OnwardError], None]) -> int:

@@ -7,7 +7,6 @@ without the cost of a first step.
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
 import tempfile
@@ -42,6 +41,7 @@ from onward.store.ledger import Ledger
 from onward.training.boundary import cross_boundary
 from onward.training.checkpoints.checkpoint import estimate_size
 from onward.training.device.errors import is_out_of_memory
+from onward.training.device.memory import read_total
 from onward.training.state import TrainState
 from onward.training.trainer import Trainer
 from onward.views.preview import rejection
@@ -117,7 +117,7 @@ def estimate(layout: RunLayout, path: Path, price_per_hour: float | None = None)
             if is_out_of_memory(error):
                 raise _does_not_fit(path, session.device) from None
             raise
-        memory, total = _peak(session.device), _total(session.device)
+        memory, total = _peak(session.device), read_total(session.device)
         memory += estimate_size(state.view(), session.facts())
     return _result(path, plan, measured, (memory, total), price_per_hour)
 
@@ -202,16 +202,6 @@ def _peak(device: torch.device) -> int:
         return torch.cuda.max_memory_reserved(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _total(device: torch.device) -> int | None:
-    """Return the bytes of memory that the GPU or the machine has."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return None
 
 
 def _does_not_fit(path: Path, device: torch.device) -> OnwardError:

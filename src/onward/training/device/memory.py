@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from onward.training.device.control_groups import read_limits
+
 CROWDED = 0.25
 """The share of a GPU's memory held by other processes from which a lack of memory is their fault and not a file's. A
 desktop's windows take less."""
-_CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-"""Memory limits of a container, in both versions of control groups."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Usage:
         return self.others >= CROWDED * self.total
 
 
+PAGE = os.sysconf("SC_PAGE_SIZE")
 ReadUsage = Callable[[torch.device], Usage | None]
 """Returns the current memory usage of a device; None if unknown."""
 
@@ -54,8 +56,16 @@ def read_usage(device: torch.device) -> Usage | None:
     """Return the current memory usage of a device; None if unknown. Does not initialize a device."""
     try:
         return _of_gpu(device) if device.type == "cuda" else _of_host() if device.type == "cpu" else None
-    except (OSError, RuntimeError, ValueError):
+    except (OSError, RuntimeError, LookupError, ValueError):
         return None
+
+
+def read_total(device: torch.device) -> int | None:
+    """Return the bytes of memory that a device has, or that this process may use of them; None if unknown."""
+    usage = read_usage(device)
+    if usage is not None:
+        return usage.total
+    return None if device.type == "cuda" else _installed()  # macOS says no more
 
 
 def gpu_is_crowded(device: torch.device, read: ReadUsage = read_usage) -> bool:
@@ -70,10 +80,15 @@ def _of_gpu(device: torch.device) -> Usage:
 
 
 def _of_host() -> Usage:
-    """Return main memory, or the limit of the process's container."""
-    meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    total, free = (int(meminfo[key].split()[0]) << 10 for key in ("MemTotal", "MemAvailable"))
-    own = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    limits = [int(text) for path in _CGROUPS if path.is_file() and (text := path.read_text().strip()).isdigit()]
-    limit = min([total, *limits])
-    return Usage(limit, max(0, min(free, limit - own)), own)
+    """Return main memory, or what a control group leaves of it."""
+    free = int(re.findall(r"^MemAvailable: +(\d+) kB$", Path("/proc/meminfo").read_text(), re.M)[0]) << 10
+    _, resident, shared, *_ = (int(text) for text in Path("/proc/self/statm").read_text().split())
+    limits = read_limits()
+    available = min([free, *(limit.total - limit.used for limit in limits)])
+    total = min([_installed(), *(limit.total for limit in limits)])
+    # pages of files are free as well: the kernel takes them back
+    return Usage(total, max(0, available), (resident - shared) * PAGE)
+
+
+def _installed() -> int:
+    return PAGE * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,72 @@
+"""The memory limits of a process's control groups: those of its container, its job of Slurm, its unit of systemd.
+
+A limit may be set on any group above the process, and both versions of control groups are in use, at times at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+GROUPS = Path("/proc/self/cgroup")
+"""The kernel's list of this process's groups, one line each: `number:controllers:path`."""
+TREES = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The memory that the processes of a group may use together, in bytes.
+
+    Args:
+        total: the limit.
+        used: what they use, without pages of files, which the kernel takes back when there is need.
+    """
+
+    total: int
+    used: int
+
+
+@dataclass(frozen=True)
+class _Version:
+    limit: str
+    usage: str
+    file_pages: tuple[str, ...]
+
+
+_ONE = _Version("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file"))
+_TWO = _Version("memory.max", "memory.current", ("active_file", "inactive_file"))
+
+
+def read_limits(groups: Path = GROUPS, trees: Path = TREES) -> list[Limit]:
+    """Return the memory limits that hold for this process; none where there are no control groups."""
+    return [limit for folder, version in _folders(groups, trees) if (limit := _limit(folder, version)) is not None]
+
+
+def _folders(groups: Path, trees: Path) -> Iterator[tuple[Path, _Version]]:
+    """Yield each group of this process that may have a limit, and every group above it.
+
+    A container may not see the path that the kernel names: then its own group is the tree's root.
+    """
+    lines = groups.read_text().splitlines() if groups.is_file() else []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        tree = trees / "memory" if controllers else trees
+        if not controllers and not (trees / "cgroup.controllers").is_file():
+            tree = trees / "unified"
+        within = Path(path.lstrip("/"))
+        for part in (within, *within.parents):
+            if ".." not in part.parts:
+                yield tree / part, _ONE if controllers else _TWO
+
+
+def _limit(folder: Path, version: _Version) -> Limit | None:
+    try:
+        total = (folder / version.limit).read_text().strip()
+        used = int((folder / version.usage).read_text())
+        stat = dict(line.split(" ", 1) for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # it has no limit of its own, or it went away
+        return None
+    pages = sum(int(stat.get(name, 0)) for name in version.file_pages)
+    return Limit(int(total), max(0, used - pages)) if total.isdigit() else None

@@ -1,0 +1,119 @@
+"""Main memory as the kernel grants it: to the machine, a container, a job of Slurm, a unit of systemd."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from processes import apart
+
+from onward.training.device.control_groups import Limit, read_limits
+from onward.training.device.memory import read_total, read_usage
+
+GIB = 1 << 30
+CPU = torch.device("cpu")
+ONE = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+TWO = ("memory.max", "memory.current", "")
+UNLIMITED = str((1 << 63) - 4096)
+"""What the first version says where there is no limit: more than any machine has."""
+
+
+def group(folder: Path, version: tuple[str, str, str], limit: str, used: int, files: int) -> None:
+    """Write what the kernel shows of a group; `files` of the used bytes are pages of files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names, prefix = version[:2], version[2]
+    stat = (
+        f"anon {used - files}\ninactive_file 7\nactive_file 7\n{prefix}inactive_file {files}\n{prefix}active_file 0\n"
+    )
+    for name, text in zip((*names, "memory.stat"), (f"{limit}\n", f"{used}\n", stat), strict=True):
+        (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("lines", "groups", "expected"),
+    [
+        pytest.param("0::/\n", {}, [], id="no limit"),
+        pytest.param("0::/\n", {"": (TWO, str(8 * GIB))}, [8], id="a container"),
+        pytest.param(
+            "0::/system.slice/slurm/job_1/step_0\n",
+            {
+                "": (TWO, "max"), "system.slice/slurm/job_1": (TWO, str(4 * GIB)),
+                "system.slice/slurm/job_1/step_0": (TWO, str(2 * GIB)),
+            },
+            [2, 4], id="a job of Slurm",
+        ),
+        pytest.param(
+            "4:cpu,memory:/docker/abc\n1:name=systemd:/docker/abc\n",
+            {"memory": (ONE, str(3 * GIB))}, [3], id="a container that sees its own group as the root",
+        ),
+        pytest.param(
+            "9:name=systemd:/\n4:memory:/job\n0::/job\n",
+            {"memory": (ONE, UNLIMITED), "memory/job": (ONE, str(2 * GIB)), "unified/job": (TWO, "max")},
+            [2, int(UNLIMITED) // GIB], id="both versions",
+        ),
+        pytest.param("0::/../../other\n", {"": (TWO, str(GIB))}, [1], id="a group outside of what can be seen"),
+    ],
+)  # fmt: skip
+def test_every_limit_above_a_process_holds(
+    lines: str, groups: Mapping[str, tuple[tuple[str, str, str], str]], expected: list[int], tmp_path: Path
+) -> None:
+    """Of either version, and of every group up to the root; pages of files do not count as used."""
+    (tmp_path / "cgroup").write_text(lines)
+    trees = tmp_path / "fs"
+    trees.mkdir()
+    if "memory" not in lines:
+        (trees / "cgroup.controllers").write_text("cpu memory\n")
+    for path, (version, limit) in groups.items():
+        group(trees / path, version, limit, used=900, files=600)
+    found = read_limits(tmp_path / "cgroup", trees)
+    assert expected == [limit.total // GIB for limit in found]
+    assert {300} >= {limit.used for limit in found}
+    assert [] == read_limits(tmp_path / "none", trees)
+
+
+def test_what_a_limit_leaves_is_what_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The narrowest group decides, as does the machine where it has less than any of them."""
+    machine = read_usage(CPU)
+    assert machine is not None
+    wide, narrow = Limit(1 << 50, 1 << 20), Limit(machine.own + 4096, machine.own)
+    for limits in ([wide], [wide, narrow]):
+        monkeypatch.setattr("onward.training.device.memory.read_limits", lambda limits=limits: limits)
+        usage = read_usage(CPU)
+        assert usage is not None
+        assert usage.total == read_total(CPU) == min(machine.total, *(limit.total for limit in limits))
+        assert (usage.free <= 4096) == (narrow in limits)
+
+
+@pytest.fixture
+def job() -> Generator[Path]:
+    """A control group of this machine with 3 GiB of memory."""
+    for tree, name in (("/sys/fs/cgroup/memory", ONE[0]), ("/sys/fs/cgroup", TWO[0])):
+        folder = Path(tree, f"onward-test-{os.getpid()}")
+        try:
+            folder.mkdir()
+        except OSError:
+            continue
+        try:
+            if (folder / name).exists():
+                (folder / name).write_text(str(3 * GIB))
+                yield folder
+                return
+        finally:
+            folder.rmdir()
+    pytest.skip("no control group with a limit can be made here")
+
+
+def _in_a_job(folder: str) -> None:
+    Path(folder, "cgroup.procs").write_text(str(os.getpid()))
+    usage = read_usage(CPU)
+    assert usage is not None
+    assert 3 * GIB == usage.total
+    assert 2 * GIB < usage.free < 3 * GIB
+
+
+def test_the_kernel_s_own_limit_is_found(job: Path) -> None:
+    """A process that is put into a group with a limit, as a job of Slurm is, has that much memory."""
+    assert 0 == apart(_in_a_job, str(job))
