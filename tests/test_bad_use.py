@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import tiny
 from commands import assert_refused, onward, onward_process, snapshot
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import onward as onward_package
 from onward.config.text import read_config
 from onward.service.lock import RunLock
 
@@ -230,3 +234,21 @@ def test_wrong_arguments_are_shown_without_control_characters(arguments: tuple[s
     outcome = onward(*(word.format("\u202ea\x1b[31m") for word in arguments))
     assert_refused(outcome, 2, "[31m")
     assert outcome.err.replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize("command", [("status",), ("init", "new")])
+def test_a_current_directory_that_was_removed_is_said(command: tuple[str, ...], tmp_path: Path) -> None:
+    """As by `rm -r` in another terminal; MKL would end the process with an error of its own."""
+    words = shlex.join([sys.executable, "-m", "onward", *command])
+    script = f"cd {shlex.quote(str(tmp_path))}; mkdir a; cd a; rmdir ../a; {words}"
+    environment = {**os.environ, "PYTHONPATH": str(Path(onward_package.__file__).parents[1])}
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert 2 == done.returncode
+    assert "the current directory was removed" in done.stderr
+
+
+def test_no_place_for_temporary_files_names_the_variable(untouched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine whose file systems are read-only but for the run, as in a hardened container."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", list)
+    assert_refused(onward("verify", "--deep", "--run", untouched), 1, "No usable temporary directory", "Set TMPDIR")

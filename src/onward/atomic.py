@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from onward.errors import OnwardError
+
 TEMPORARY_PREFIX = ".tmp-"
+_IN_WORDS = re.compile(r"\(os error (\d+)\)|\bOs \{ code: (\d+)")
+"""How libraries written in Rust say what the system refused: as its number, in the text of an error of their own."""
 
 
 def force(descriptor: int) -> None:
@@ -27,6 +33,25 @@ def force(descriptor: int) -> None:
         else:
             return
     os.fsync(descriptor)
+
+
+@contextlib.contextmanager
+def system_errors(place: Path) -> Generator[None]:
+    """Raise what the system refuses in the body as OSError, also where safetensors or tokenizers say it in words.
+
+    Raises:
+        OSError: the system refused to write at `place`.
+    """
+    try:
+        yield
+    except OnwardError:
+        raise
+    except Exception as error:
+        found = None if isinstance(error, OSError) else _IN_WORDS.search(str(error))
+        if found is None:
+            raise
+        number = int(found[1] or found[2])
+        raise OSError(number, os.strerror(number), str(place)) from None
 
 
 def fsync_file(path: Path) -> None:

@@ -7,6 +7,7 @@ The command line prints these without a traceback and exits with `exit_status`:
 from __future__ import annotations
 
 import errno
+import sqlite3
 from typing import Any, Self
 
 from onward.text import printable
@@ -141,3 +142,15 @@ class NotMadeHere(OnwardError):
 def first_line(error: BaseException) -> str:
     """Return the first line of an exception's text, or its type if it has no text."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def is_out_of_space(error: BaseException) -> bool:
+    """Whether an error says that a disk is full."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, NoSpace) or (isinstance(error, sqlite3.OperationalError) and "full" in str(error))
+
+
+def is_without_temporary(error: BaseException) -> bool:
+    """Whether an error says that there is no place for temporary files: `tempfile` alone names no file then."""
+    return isinstance(error, FileNotFoundError) and error.errno is not None and error.filename is None

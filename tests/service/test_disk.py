@@ -6,19 +6,27 @@ import errno
 import os
 import shutil
 import subprocess
+import tempfile
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
+import torch
+from commands import assert_refused, onward
 from daemons import SETTINGS, Hold, done, end, is_in, rows_file, until, watch
 from faults import without_links
 from processes import train
 from runs import new_run
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from states import assert_same_state, temporary_files
 
 from onward import Run
+from onward.atomic import system_errors
 from onward.events import StepTaken
 from onward.service.proof.doctor import examine
 from onward.store.ledger import Ledger
@@ -86,6 +94,72 @@ def test_a_disk_that_fills_up_while_a_file_is_trained(
     assert_same_state(twin.layout.root, run.layout.root)
     assert [] == temporary_files(run.layout.root)
     assert run.verify().ok
+
+
+@dataclass(frozen=True)
+class Quota:
+    """A process in which a disk claims to have room until it refuses to be written, as a user's quota does.
+
+    Args:
+        held: what holds the process.
+    """
+
+    held: Hold
+
+    def __call__(self) -> None:
+        """Arm the process that this is called in."""
+        plain = shutil.disk_usage
+        setattr(shutil, "disk_usage", lambda path: plain(path)._replace(free=1 << 50))  # noqa: B010
+        self.held()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("left", range(0, 160_000, 16_384))
+def test_a_quota_is_a_full_disk_whichever_library_meets_it(disk: Path, model: Path, tmp_path: Path, left: int) -> None:
+    """The daemon tries again every other second, blames no file, and goes on once there is room."""
+    file = rows_file(tmp_path / "a.jsonl", ROWS)
+    twin = new_run(tmp_path / "twin", model, **SETTINGS)
+    twin.train(file)
+    run, log = new_run(disk / "run", model, **SETTINGS), tmp_path / "log"
+    run.add(file)
+    held = Hold(2, tmp_path / "let_go")
+    process = watch(run, prepare=Quota(held), log=log)
+    until(is_in(run, "a.jsonl", step=2), process)
+    ballast = fill(disk, leave=left)
+    held.let_go.touch()
+    until(lambda: "in a row" in log.read_text(), process)
+    ballast.unlink()
+    until(lambda: done(run) == ["a.jsonl"], process)
+    assert 0 == end(process)
+    failures = [line for line in log.read_text().splitlines() if "in a row" in line]
+    assert all("tried again in 2 s" in line for line in failures), failures
+    assert_same_state(twin.layout.root, run.layout.root)
+    assert [] == temporary_files(run.layout.root)
+
+
+def _save_weights(place: Path) -> None:
+    save_file({"a": torch.ones(1 << 20)}, place / "a.safetensors")
+
+
+def _save_tokenizer(place: Path) -> None:
+    tiny.byte_tokenizer()._tokenizer.save(str(place / "tokenizer.json"))
+
+
+def _save_as_safetensors_0_5(place: Path) -> None:
+    raise SafetensorError(f'IoError(Os {{ code: 28, kind: StorageFull, message: "{place}" }})')
+
+
+@pytest.mark.parametrize("save", [_save_weights, _save_tokenizer, _save_as_safetensors_0_5])
+def test_what_libraries_say_of_a_full_disk_in_words_is_an_error_of_the_system(
+    disk: Path, save: Callable[[Path], None]
+) -> None:
+    """Libraries written in Rust raise errors of their own, with the system's number in the text."""
+    fill(disk, leave=0)
+    with pytest.raises(OSError, match="No space left on device") as refused, system_errors(disk):
+        save(disk)
+    assert (errno.ENOSPC, str(disk)) == (refused.value.errno, refused.value.filename)
+    with pytest.raises(ValueError, match="28"), system_errors(disk):
+        raise ValueError("28 rows")
 
 
 @pytest.mark.slow
@@ -187,3 +261,16 @@ def test_a_disk_without_hard_links(model: Path, tmp_path: Path, monkeypatch: pyt
     assert_same_state(twin.layout.root, run.layout.root)
     assert run.verify(deep=True).ok
     assert [] == temporary_files(run.layout.root)
+
+
+def test_a_full_place_for_temporary_files_is_no_failed_proof(
+    disk: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`verify --deep` trains in a temporary folder: a disk that is full there says nothing about the run."""
+    run = new_run(tmp_path / "run", model, **SETTINGS)
+    run.train(rows_file(tmp_path / "a.jsonl", ROWS))
+    monkeypatch.setattr(tempfile, "tempdir", str(disk))
+    assert run.verify(deep=True).ok
+    fill(disk, leave=0)
+    outcome = onward("verify", "--deep", "--run", run.layout.root)
+    assert_refused(outcome, 1, "No space left on device", "What was committed is safe")

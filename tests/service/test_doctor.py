@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import tiny
-import torch
 from daemons import configure
 from filelock import FileLock
 from runs import new_run
+from users import NOBODY, OPEN, as_nobody
 
 from onward import Run
 from onward.errors import DamagedState
@@ -29,9 +29,6 @@ from onward.store.metrics import Metrics
 from onward.store.rows import StepRecord
 from onward.training.checkpoints.checkpoint import Manifest
 
-NOBODY = 65534
-OPEN = all(folder.stat().st_mode & 0o001 for folder in Path(torch.__file__).parents)
-"""Whether other users can import what Onward needs."""
 FILE: dict[str, Any] = {
     "command": "c", "sha256": "0" * 64, "bytes": 1, "format": "jsonl", "copy": "archive/a", "again": 0, "priority": 0,
     "rows": 1, "tokens": 1, "target_tokens": 1, "truncated": 0, "dropped": 0,
@@ -172,26 +169,6 @@ def test_steps_that_a_dead_process_lost_do_not_count(layout: RunLayout) -> None:
                 status = read_status(layout)
             found.append((status["global_step"] - committed, status["file_step"], status["loss"]))
     assert [(0, 0, None), (0, 0, None), (2, 2, 1.5)] == found
-
-
-def as_nobody(look: Callable[[], Any]) -> Any:
-    """Return what a user without any right to write gets, in a process of its own."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.setgroups([])
-            os.setgid(NOBODY)
-            os.setuid(NOBODY)
-            answer = look()
-        except BaseException as error:
-            answer = repr(error)
-        os.write(writer, json.dumps(answer).encode())
-        os._exit(0)
-    os.close(writer)
-    os.waitpid(child, 0)
-    with os.fdopen(reader) as pipe:
-        return json.loads(pipe.read())
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,12 +14,14 @@ import processes
 import pytest
 from faults import FULL_SIZE
 from read_faults import REFUSALS, ReadFault
+from users import OPEN, as_nobody
 
 from onward.errors import Unreadable
 from onward.training.checkpoints import huggingface
 from onward.training.checkpoints.checkpoint import inspect_checkpoint, remove_checkpoint, write_checkpoint
 from onward.training.checkpoints.loading import load_moments, read_optimizer
 from onward.training.model.adapter import load_adapter, saved_adapter_config
+from onward.training.model.load import load_base, load_tokenizer
 
 BEYOND = 2
 """Points after the last read that are tried too: nothing happens there."""
@@ -94,3 +98,26 @@ def test_too_many_open_files_are_the_problem_of_the_process(model: Path, tmp_pat
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limit)
     assert inspect_checkpoint(folder).verified is not None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.skipif(not OPEN, reason="other users may not read the folder of these packages")
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_base_that_this_user_may_not_read_is_not_called_incomplete(model: Path, tmp_path: Path, name: str) -> None:
+    """safetensors calls every file that it cannot open missing; copying the folder again would change nothing."""
+    base = shutil.copytree(model, tmp_path / "base")
+    for path in [base, *base.parents][: len(base.parts) - 2]:
+        path.chmod(path.stat().st_mode | 0o055)
+    (base / name).chmod(0)
+
+    def look() -> str:
+        try:
+            load_base(base, None)
+            load_tokenizer(base)
+        except Unreadable as error:
+            return str(error)
+        return "read"
+
+    said = as_nobody(look)
+    assert "cannot be read: Permission denied" in said
+    assert "Let this user read it" in said

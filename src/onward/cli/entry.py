@@ -7,13 +7,14 @@ import io
 import sqlite3
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn, cast
 
 import typer
 
 from onward import startup
 from onward.cli.application import app
-from onward.errors import END_OTHERS, DeviceLost, OnwardError, first_line
+from onward.errors import END_OTHERS, DeviceLost, OnwardError, UsageError, first_line, is_without_temporary
 from onward.store.waiting import is_held_by_others
 from onward.terminal import flush_results, give_up_unwritten, open_standard_streams, say
 
@@ -46,6 +47,7 @@ def status_of_command(seen: Callable[[OnwardError], None] = lambda _: None) -> i
 def _status_of(came: list[str], seen: Callable[[OnwardError], None]) -> int:
     """Run the command line; `came` collects the names of the signals that interrupted it, except for Ctrl-C."""
     try:
+        _require_directory()
         with startup.kept_interrupts():
             outcome = app(standalone_mode=False)
         flush_results()
@@ -75,6 +77,20 @@ def _status_of(came: list[str], seen: Callable[[OnwardError], None]) -> int:
     return outcome if isinstance(outcome, int) else 0
 
 
+def _require_directory() -> None:
+    """Refuse a current directory that was removed: relative paths lead nowhere, and MKL ends the process without it.
+
+    Raises:
+        UsageError: it was removed.
+    """
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise UsageError(
+            "the current directory was removed", hint="Change to another one (cd), then repeat the command."
+        ) from None
+
+
 def _about_machine(error: OSError | MemoryError | RuntimeError) -> OnwardError | None:
     """Return what to print for an error of the machine (disk, memory, GPU); None if it is another."""
     what, safe = first_line(error), "What was committed is safe"
@@ -82,8 +98,10 @@ def _about_machine(error: OSError | MemoryError | RuntimeError) -> OnwardError |
         hint = f"{safe}. {END_OTHERS}, then repeat the command."
         return OnwardError(f"memory ran out: {what}", hint=hint)
     if isinstance(error, OSError):
-        place = error.filename or "system"
-        return OnwardError(error.strerror or str(error), where=place, hint=f"{safe}; onward doctor says more.")
+        place, hint = error.filename or "system", "onward doctor says more."
+        if is_without_temporary(error):
+            hint = "Set TMPDIR to a folder that you may write, then repeat the command."
+        return OnwardError(error.strerror or str(error), where=place, hint=f"{safe}. {hint}")
     if "torch" in sys.modules:
         from onward.training.device.errors import is_device_lost
 

@@ -6,7 +6,6 @@ parts), and then quarantined with a report; the run is as if it had never begun 
 
 from __future__ import annotations
 
-import errno
 import sqlite3
 import traceback
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from typing import Any
 from onward.atomic import link_or_copy
 from onward.config import Config, stored_config
 from onward.config.text import read_config
-from onward.errors import END_OTHERS, DeviceLost, GuardRejected, NoSpace, OnwardError, TrainingError, first_line
+from onward.errors import END_OTHERS, DeviceLost, GuardRejected, OnwardError, TrainingError, first_line
 from onward.layout import RunLayout
 from onward.service.client import skip_queued
 from onward.service.intake.names import unused_name
@@ -101,13 +100,6 @@ def describe(error: BaseException) -> str:
     if isinstance(error, OnwardError):
         return error.what
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-def is_out_of_space(error: BaseException) -> bool:
-    """Whether an error says that a disk is full."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return isinstance(error, NoSpace) or (isinstance(error, sqlite3.OperationalError) and "full" in str(error))
 
 
 def blames_file(error: BaseException) -> bool:

@@ -13,12 +13,12 @@ import time
 from collections.abc import Callable, Generator
 
 from onward.data.files.formats import PACKED
+from onward.errors import is_out_of_space
 from onward.service.intake.arrivals import TOGETHER
 from onward.service.intake.budget import Budget
 from onward.service.intake.checking import Intake
 from onward.service.intake.inbox import Inbox
 from onward.service.intake.watcher import POLL_SECONDS, Watcher
-from onward.service.owner import faults
 from onward.service.owner.alongside.checker import Checker
 from onward.service.owner.owned import Owned
 from onward.store.rows import FileRow
@@ -174,7 +174,7 @@ class Incoming:
         try:
             yield
         except OSError as error:
-            if faults.is_out_of_space(error):
+            if is_out_of_space(error):
                 raise
             self._inbox_problem = printable(f"the inbox cannot be used: {error}")
 

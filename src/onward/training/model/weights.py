@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from onward.atomic import system_errors
 from onward.training.model.adapter import ADAPTER_WEIGHTS, adapter_tensors
 from onward.training.model.base import ADAPTER_CONFIG
 from onward.training.model.quiet import quiet
@@ -29,11 +30,14 @@ def save_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], folder: 
     Args:
         model: provides names, config and what is not trained.
         weights: the trained weights, by the names of `model`'s parameters.
+
+    Raises:
+        OSError: the disk is full or failing.
     """
     if not isinstance(model, PeftModel):
         own = {id(parameter): weights[name] for name, parameter in model.named_parameters() if name in weights}
         tensors = {name: own.get(id(value), value) for name, value in model.state_dict(keep_vars=True).items()}
-        with quiet():
+        with quiet(), system_errors(folder):
             cast(PreTrainedModel, model).save_pretrained(folder, state_dict=tensors)
         _share_mode(folder, CONFIG)
         return
@@ -41,10 +45,15 @@ def save_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], folder: 
 
 
 def save_adapter(model: PeftModel, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Write an adapter's trained weights and its config into a folder."""
+    """Write an adapter's trained weights and its config into a folder.
+
+    Raises:
+        OSError: the disk is full or failing.
+    """
     tensors = adapter_tensors(model, weights)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
-    save_file(_apart(contiguous), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    with system_errors(folder / ADAPTER_WEIGHTS):
+        save_file(_apart(contiguous), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     values = {**model.peft_config["default"].to_dict(), "inference_mode": True}
     text = json.dumps(values, indent=2, sort_keys=True, default=sorted)  # the order of a set differs between processes
     (folder / ADAPTER_CONFIG).write_text(text + "\n")

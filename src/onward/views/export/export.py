@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from onward.atomic import TEMPORARY_PREFIX, fsync_directory, fsync_file, publish_directory, remove_tree
+from onward.atomic import TEMPORARY_PREFIX, fsync_directory, fsync_file, publish_directory, remove_tree, system_errors
 from onward.config.text import read_config
 from onward.errors import NoSpace, OnwardError, UsageError
 from onward.layout import RunLayout, entries
@@ -184,7 +184,8 @@ class _Writing:
         tensors = load_file(self._point.folder / ADAPTER_WEIGHTS)
         if self._wanted.dtype is not None:
             tensors = {name: tensor.to(DTYPES[self._wanted.dtype]) for name, tensor in tensors.items()}
-        save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        with system_errors(folder):
+            save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         values = json.loads((self._point.folder / ADAPTER_CONFIG).read_bytes())
         values["base_model_name_or_path"] = self._facts.name
         (folder / ADAPTER_CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from onward.atomic import system_errors
 from onward.errors import VerificationFailed
 from onward.training.model.load import load_model
 from onward.training.model.quiet import quiet
@@ -73,7 +74,7 @@ def _write(model: PreTrainedModel, dtype: torch.dtype, target: Path) -> None:
     generation: Any = model.generation_config
     if generation is not None and not generation.do_sample:  # sampling settings are refused if decoding is greedy
         generation.temperature = generation.top_p = generation.top_k = None
-    with quiet():
+    with quiet(), system_errors(target):
         model.save_pretrained(target)
 
 

@@ -6,7 +6,6 @@ While it grows, it has a name that the inbox ignores, and a lock by which a late
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import io
 import os
@@ -19,7 +18,7 @@ from pathlib import Path
 from anyio import to_thread
 
 from onward.atomic import move_to_free_name
-from onward.errors import NoSpace, NotMadeHere, UsageError
+from onward.errors import NoSpace, NotMadeHere, UsageError, is_out_of_space
 from onward.service.intake.inbox import IGNORED, PRIORITIES
 from onward.text import printable
 
@@ -113,7 +112,7 @@ class Upload:
             while view:
                 view = view[writer.write(view) :]
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not is_out_of_space(error):
                 raise
             raise self._full(len(data)) from None
 
