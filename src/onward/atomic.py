@@ -40,15 +40,13 @@ def system_errors(place: Path) -> Generator[None]:
     """Raise what the system refuses in the body as OSError, also where safetensors or tokenizers say it in words.
 
     Raises:
-        OSError: the system refused to write at `place`.
+        OSError: the system refused to read or write at `place`.
     """
     try:
         yield
-    except OnwardError:
-        raise
     except Exception as error:
-        found = None if isinstance(error, OSError) else _IN_WORDS.search(str(error))
-        if found is None:
+        found = _IN_WORDS.search(str(error))
+        if found is None or isinstance(error, OnwardError) or getattr(error, "errno", None) is not None:
             raise
         number = int(found[1] or found[2])
         raise OSError(number, os.strerror(number), str(place)) from None

@@ -108,7 +108,8 @@ def test_a_base_that_this_user_may_not_read_is_not_called_incomplete(model: Path
     base = shutil.copytree(model, tmp_path / "base")
     for path in [base, *base.parents][: len(base.parts) - 2]:
         path.chmod(path.stat().st_mode | 0o055)
-    (base / name).chmod(0)
+    for path in base.iterdir():
+        path.chmod(0 if path.name == name else 0o644)
 
     def look() -> str:
         try:

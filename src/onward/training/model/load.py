@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from onward.atomic import system_errors
 from onward.config import Config
 from onward.errors import ConfigError, ModelError, Unreadable, first_line
 from onward.training.device.errors import is_of_the_device
@@ -42,13 +43,15 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     Raises:
         ModelError: there is none, or it needs code from the folder.
+        Unreadable: one of its files cannot be read now.
     """
     try:
-        with quiet():
+        with quiet(), system_errors(folder):
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         if is_of_the_device(error):
             raise
+        _require_readable(error, folder)
         raise ModelError(f"the tokenizer cannot be loaded: {first_line(error)}", where=folder, hint=COMPLETE) from None
 
 
@@ -235,19 +238,25 @@ def _way_out(error: Exception) -> str:
     return "onward doctor looks closer."
 
 
-def _refused(folder: Path) -> OSError | None:
-    """Return why the weights of a model cannot be opened: safetensors calls any such file missing."""
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            path.open("rb").close()
-        except OSError as error:
-            return error
-    return None
+def _require_readable(error: Exception, folder: Path) -> None:
+    """Tell a file that the system does not let this user read, or not now, from one that is missing or damaged.
+
+    Raises:
+        Unreadable: it does not.
+    """
+    if isinstance(error, OSError) and error.errno is None:  # safetensors calls any file that it cannot open missing
+        for path in sorted(folder.glob("*.safetensors")):
+            try:
+                path.open("rb").close()
+            except OSError as refused:
+                error = refused
+    if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.ENOTDIR):
+        raise Unreadable.of(error, error.filename or folder) from None
 
 
 def _load(folder: Path, dtype: torch.dtype | None, *, strict: bool = False, **extra: Any) -> PreTrainedModel:
     try:
-        with one_load, quiet():
+        with one_load, quiet(), system_errors(folder):
             found: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False, output_loading_info=True,
                 ignore_mismatched_sizes=True, **extra,
@@ -255,9 +264,7 @@ def _load(folder: Path, dtype: torch.dtype | None, *, strict: bool = False, **ex
     except Exception as error:
         if is_of_the_device(error):
             raise
-        refused = _refused(folder) if isinstance(error, OSError) and error.errno is None else error
-        if isinstance(refused, OSError) and refused.errno not in (None, errno.ENOENT, errno.ENOTDIR):
-            raise Unreadable.of(refused, refused.filename or folder) from None
+        _require_readable(error, folder)
         if "Unrecognized configuration class" in str(error):
             raise ModelError(
                 "transformers has no causal language model of this kind",
