@@ -9,15 +9,18 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from onward.errors import OnwardError
+from onward.errors import OnwardError, is_out_of_space
 
 TEMPORARY_PREFIX = ".tmp-"
+TRIAL = 1 << 30
+"""The most bytes of a trial file: some file systems write a reserved block at a time."""
 _IN_WORDS = re.compile(r"\(os error (\d+)\)|\bOs \{ code: (\d+)")
 """How libraries written in Rust say what the system refused: as its number, in the text of an error of their own."""
 
@@ -71,6 +74,20 @@ def fsync_directory(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def can_be_written(folder: Path, size: int) -> bool:
+    """Return whether a disk takes a file of `size` bytes, `TRIAL` at most: a quota leaves less than what is free."""
+    try:
+        with tempfile.TemporaryFile(dir=folder, prefix=TEMPORARY_PREFIX) as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, max(1, min(size, TRIAL)))
+            else:
+                file.write(bytes(min(size, 1 << 20)))
+                file.flush()
+    except OSError as error:
+        return not is_out_of_space(error)  # whatever else is wrong is told by what is really written
+    return True
 
 
 def write_file(path: Path, data: bytes) -> None:

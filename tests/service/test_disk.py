@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -114,7 +115,7 @@ class Quota:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("left", range(0, 160_000, 16_384))
+@pytest.mark.parametrize("left", range(0, 160_000, 32_768))
 def test_a_quota_is_a_full_disk_whichever_library_meets_it(disk: Path, model: Path, tmp_path: Path, left: int) -> None:
     """The daemon tries again every other second, blames no file, and goes on once there is room."""
     file = rows_file(tmp_path / "a.jsonl", ROWS)
@@ -128,11 +129,13 @@ def test_a_quota_is_a_full_disk_whichever_library_meets_it(disk: Path, model: Pa
     ballast = fill(disk, leave=left)
     held.let_go.touch()
     until(lambda: "in a row" in log.read_text(), process)
+    process.join(5)
     ballast.unlink()
     until(lambda: done(run) == ["a.jsonl"], process)
     assert 0 == end(process)
     failures = [line for line in log.read_text().splitlines() if "in a row" in line]
     assert all("tried again in 2 s" in line for line in failures), failures
+    assert 2 >= len(failures)  # then it waits, and trains nothing in vain
     assert_same_state(twin.layout.root, run.layout.root)
     assert [] == temporary_files(run.layout.root)
 
@@ -274,3 +277,18 @@ def test_a_full_place_for_temporary_files_is_no_failed_proof(
     fill(disk, leave=0)
     outcome = onward("verify", "--deep", "--run", run.layout.root)
     assert_refused(outcome, 1, "No space left on device", "What was committed is safe")
+
+
+def test_doctor_sees_a_quota(disk: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is free and what this user may write are two things; a checkpoint's size is tried, and nothing stays."""
+    run = new_run(disk / "run", model, **SETTINGS)
+    run.train(rows_file(disk / "a.jsonl", 4))
+    ballast = fill(disk, leave=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 50))
+    (found,) = [found for found in examine(run.layout) if found.subject == "disk"]
+    ballast.unlink()
+    (fine,) = [found for found in examine(run.layout) if found.subject == "disk"]
+    assert ("error", "ok") == (found.level, fine.level)
+    assert found.hint is not None
+    assert "quota" in found.hint
+    assert [] == temporary_files(run.layout.root)

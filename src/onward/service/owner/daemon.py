@@ -279,7 +279,7 @@ class Daemon:
         if not self._patient or is_device_lost(error):
             raise self._in_words(error) from None
         forget_frames(error)
-        self._recovery.outlive(error)
+        self._recovery.outlive(error, full=self._room.refused(error))
 
     def _in_words(self, error: Exception) -> Exception:
         """Return the error to raise for a failure; what its traceback held is freed."""

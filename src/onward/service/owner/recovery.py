@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 
-from onward.errors import OnwardError, is_out_of_space
+from onward.errors import OnwardError
 from onward.service.owner import faults
 from onward.service.owner.crashes import DIED, Crash
 from onward.service.owner.owned import Owned
@@ -29,14 +30,20 @@ class Recovery:
         """Note that something succeeded: the next failure counts as the first one again."""
         self._failures = 0
 
-    def outlive(self, error: Exception) -> None:
-        """Report what failed and wait; a repaired config or a wish ends the wait."""
+    def outlive(self, error: Exception, *, full: bool) -> None:
+        """Report what failed and wait; a repaired config or a wish ends the wait.
+
+        Args:
+            full: whether it failed because the disk takes no more.
+        """
         self._failures += 1
-        full = is_out_of_space(error)
         seconds = FULL_DISK if full else min(2.0 ** (self._failures - 1), LONGEST)
         place = f" [{error.where}]" if isinstance(error, OnwardError) and error.where else ""
         again = f"tried again in {seconds:.0f} s (failure {self._failures} in a row)"
-        problem = f"{faults.describe(error)}{place}; {again}"
+        what = faults.describe(error)
+        if full and isinstance(error, sqlite3.OperationalError):
+            what = "the ledger cannot be written: the disk is full, or a quota is used up"
+        problem = f"{what}{place}; {again}"
         self._owned.shown.set(PAUSED if full else FAILED, problem)
         self._owned.record("error", problem, "failed")
         self._rest(seconds)

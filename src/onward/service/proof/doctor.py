@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from onward.atomic import can_be_written
 from onward.config import Config
 from onward.config.text import read_config
 from onward.data.templates.own_template import read_template
@@ -283,18 +284,18 @@ def _checkpoint(folder: Path, place: str, ledger: Ledger) -> Finding:
 
 def _disk(layout: RunLayout) -> Iterator[Finding]:
     free = shutil.disk_usage(layout.root).free
-    newest = next(iter(layout.checkpoints()), None)
-    needed = sum(path.stat().st_size for path in newest.iterdir()) if newest else 0
+    needed = sum(path.stat().st_size for newest in layout.checkpoints()[:1] for path in newest.iterdir())
     config = _config_or_defaults(layout)
     kept = (config.keep_boundaries + 1) * needed
     message = (
         f"{free / 1e9:.1f} GB free; a checkpoint takes {needed / 1e6:.0f} MB, restore points up to {kept / 1e6:.0f} MB"
     )
+    level, hint = "ok", None
     if free < needed + (config.disk_margin_mb << 20):
         level, hint = "error", "Free some space: training pauses until there is room for the next checkpoint"
-    elif free > max(kept, LITTLE_DISK):
-        level, hint = "ok", None
-    else:
+    elif not can_be_written(layout.root, needed):
+        level, hint = "error", "Free some of your quota, which allows less: training pauses until there is room"
+    elif free <= max(kept, LITTLE_DISK):
         level, hint = "warning", "Free some space, or lower keep_boundaries"
     yield Finding(level, "disk", message, hint)
     yield from _inodes(layout)
