@@ -5,6 +5,7 @@ A limit may be set on any group above the process, and both versions of control 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ def _folders(groups: Path, trees: Path) -> Iterator[tuple[Path, _Version]]:
 
     A container may not see the path that the kernel names: then its own group is the tree's root.
     """
-    lines = groups.read_text().splitlines() if groups.is_file() else []
+    lines = os.fsdecode(groups.read_bytes()).splitlines() if groups.is_file() else []
     for _, controllers, path in (line.split(":", 2) for line in lines):
         if controllers and "memory" not in controllers.split(","):
             continue

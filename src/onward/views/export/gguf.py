@@ -110,7 +110,9 @@ def _run(script: Path, *arguments: object) -> None:
 def _call(words: list[str]) -> None:
     """Run a program without network access; its last output says why it failed."""
     quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
-    done = subprocess.run(words, env=quiet, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        words, env=quiet, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
+    )
     if done.returncode:
         last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it gave no reason")
         raise OnwardError(

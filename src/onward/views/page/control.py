@@ -75,7 +75,9 @@ def verify(layout: RunLayout) -> dict[str, Any]:
 
 def _command(layout: RunLayout, *words: str) -> dict[str, Any]:
     line = [sys.executable, "-P", "-m", "onward", *words, "--json", "--run", str(layout.root.absolute())]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=LONG, check=False, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        line, capture_output=True, text=True, errors="replace", timeout=LONG, check=False, stdin=subprocess.DEVNULL
+    )
     try:
         return json.loads(done.stdout)
     except ValueError:
