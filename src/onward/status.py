@@ -6,6 +6,7 @@ import shutil
 import time
 from typing import Any
 
+from onward.atomic import can_be_written
 from onward.layout import RunLayout
 from onward.service.holder import is_held, read_heartbeat
 from onward.service.knowledge.table import read_table
@@ -41,6 +42,8 @@ def read_status(layout: RunLayout) -> dict[str, Any]:
         free = shutil.disk_usage(layout.root).free
         if held and free < FULL:  # its owner waits, and cannot even record that in the ledger
             state, stuck = "paused", f"the disk is full: {free / 1e6:.1f} MB free"
+        elif held and stuck and not can_be_written(layout.root, FULL):
+            state, stuck = "paused", "a quota is used up: nothing can be written, not even the ledger"
         checkpoint = ledger.newest_checkpoint()
         current = next(reversed(ledger.files("training")), None)  # an earlier one's boundary is being committed
         committed = checkpoint.step if checkpoint else 0

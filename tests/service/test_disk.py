@@ -29,7 +29,9 @@ from states import assert_same_state, temporary_files
 from onward import Run
 from onward.atomic import system_errors
 from onward.events import StepTaken
+from onward.service.lock import RunLock
 from onward.service.proof.doctor import examine
+from onward.status import read_status
 from onward.store.ledger import Ledger
 
 ROWS = 60
@@ -277,6 +279,19 @@ def test_a_full_place_for_temporary_files_is_no_failed_proof(
     fill(disk, leave=0)
     outcome = onward("verify", "--deep", "--run", run.layout.root)
     assert_refused(outcome, 1, "No space left on device", "What was committed is safe")
+
+
+def test_status_tells_a_quota_from_a_frozen_process(disk: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that cannot write the ledger cannot write that it is alive either."""
+    run = new_run(disk / "run", model, **SETTINGS)
+    with Ledger(run.layout.ledger) as ledger:
+        ledger.put(state="training", heartbeat={"at": 0.0, "quiet": 0.0, "hangs": False, "pid": 1})
+    with RunLock(run.layout.lock):
+        assert "no heartbeat" in read_status(run.layout)["problem"]
+        fill(disk, leave=0)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 50))
+        found = read_status(run.layout)
+    assert ("paused", True) == (found["state"], "a quota is used up" in found["problem"])
 
 
 def test_doctor_sees_a_quota(disk: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
