@@ -103,9 +103,8 @@ def test_what_is_no_arrow_file_is_refused(tmp_path: Path, data: bytes) -> None:
 def test_messages_cover_a_file(tmp_path: Path) -> None:
     """A schema and its batches: what a stream holds up to its end, byte by byte."""
     path = put(tmp_path / "a.arrow", [pyarrow.record_batch({"text": ["a"]})] * 2)
-    messages = [
-        (message.kind, message.start + message.metadata + message.body()) for message in messages_of(path.open("rb"))
-    ]
+    with path.open("rb") as file:
+        messages = [(message.kind, message.start + message.metadata + message.body()) for message in messages_of(file)]
     assert [1, 3, 3] == [kind for kind, _ in messages]
     assert path.read_bytes() == b"".join(data for _, data in messages) + b"\xff\xff\xff\xff" + bytes(4)
 

@@ -34,7 +34,8 @@ uvicorn = pytest.importorskip("uvicorn", reason="onward[serve] is not installed"
 pytest.importorskip("starlette", reason="onward[serve] is not installed")
 
 from onward.views.serve.app import Service  # noqa: E402
-from onward.views.serve.server import Following, base_url, hosts_of, listen  # noqa: E402
+from onward.views.serve.server import Following, base_url, hosts_of  # noqa: E402
+from onward.views.web.listening import listen  # noqa: E402
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8}
 QUESTION: list[Any] = [{"role": "user", "content": "what runs past the river?"}]
@@ -43,7 +44,7 @@ QUESTION: list[Any] = [{"role": "user", "content": "what runs past the river?"}]
 @contextmanager
 def served(engine: Engine, key: str | None = None, host: str = "127.0.0.1", name: str = "run") -> Iterator[str]:
     """Yield the base URL of a server over an engine."""
-    listening = listen(host, 0, None)
+    listening = listen(host, 0)
     service = Service(engine, name, key, hosts_of(host, listening))
     server = uvicorn.Server(uvicorn.Config(service.app(), log_level="error", lifespan="off"))
     thread = threading.Thread(target=server.run, args=([listening],))
@@ -236,7 +237,7 @@ def test_what_is_not_answered_is_told_as_openai_tells_it(url: str, method: str, 
 
 def test_a_server_that_only_this_machine_reaches_knows_its_names_whatever_it_is_called() -> None:
     """A name of this machine's loopback keeps other names out as its address does; one that others reach has a key."""
-    with listen("127.0.0.1", 0, None) as local, listen("0.0.0.0", 0, "key") as wide:
+    with listen("127.0.0.1", 0) as local, listen("0.0.0.0", 0) as wide:
         hosts = hosts_of("my-laptop", local)
         assert hosts is not None
         assert [True, True, False] == [hosts.know(host) for host in ("my-laptop:80", "localhost", "evil.example")]
@@ -324,9 +325,9 @@ def test_the_commands_of_the_documentation_run(
 
 def test_what_cannot_be_served_is_refused(stream: Path) -> None:
     """A port that is taken, other machines without a key, two states at once."""
-    taken = listen("127.0.0.1", 0, None)
+    taken = listen("127.0.0.1", 0)
     with taken:
         port = taken.getsockname()[1]
-        assert_refused(onward("serve", "--port", port, "--run", stream), 2, "cannot be used", "--port 0")
+        assert_refused(onward("serve", "--port", port, "--run", stream), 2, "cannot listen there", "--port 0")
     assert_refused(onward("serve", "--host", "0.0.0.0", "--run", stream), 2, "ONWARD_API_KEY")
     assert_refused(onward("serve", "--at", "1", "--follow", "--run", stream), 2, "Leave one out")

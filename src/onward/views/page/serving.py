@@ -18,6 +18,7 @@ from onward.views.page.app import PageSettings, make_app
 from onward.views.page.runs import find_runs
 from onward.views.page.upload import remove_dead_parts
 from onward.views.web.connections import Server
+from onward.views.web.listening import listen
 from onward.views.web.origin import Hosts, is_loopback
 
 NICENESS = 5
@@ -59,7 +60,7 @@ def serve(
     """
     runs = find_runs(directories)
     settings = PageSettings(Hosts.of(address.host, address.names), _key(), read_only)
-    listener = _listen(address)
+    listener = listen(address.host, address.port)
     for run in () if read_only else runs:
         with contextlib.suppress(OSError):
             remove_dead_parts(run.layout.inbox)
@@ -107,19 +108,3 @@ def _key() -> Key:
             hint=f"export {TOKEN}=$(openssl rand -hex 32)",
         )  # fmt: skip
     return Key(token)
-
-
-def _listen(address: Address) -> socket.socket:
-    try:
-        family, kind, _, _, place = socket.getaddrinfo(
-            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(place)
-        listener.listen(128)
-    except OSError as error:
-        hint = "Another port: --port 0 takes any that is free."
-        what = f"the page cannot listen there: {error.strerror or error}"
-        raise UsageError(what, where=f"{address.host}:{address.port}", hint=hint) from None
-    return listener

@@ -19,13 +19,13 @@ from onward.views.loaded import load
 from onward.views.points import hold, state_mark
 from onward.views.serve.app import Service
 from onward.views.web.connections import Server
+from onward.views.web.listening import listen
 from onward.views.web.origin import Hosts, is_loopback
 
 LOOK_SECONDS = 1.0
 """Seconds between two checks for a newer commit."""
 GRACE = 10
 """Seconds that current answers get when the server ends."""
-BACKLOG = 128
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ def serve(
         OnwardError: the state cannot be found or loaded.
     """
     host, key = served.host, served.key
-    with listen(host, served.port, key) as listening:
+    with listen(host, served.port) as listening:
+        _require_key(key, listening)
         url = base_url(host, listening)
         if is_held(layout.lock):
             give_way()
@@ -82,29 +83,15 @@ def _config(app: Starlette) -> uvicorn.Config:
     )
 
 
-def listen(host: str, port: int, key: str | None) -> socket.socket:
-    """Return a listening socket.
+def _require_key(key: str | None, listening: socket.socket) -> None:
+    """Refuse to answer other machines without a key.
 
     Raises:
-        UsageError: it cannot listen, or other machines could use it without a key.
+        UsageError: they could reach the server, and there is none.
     """
-    try:
-        family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise UsageError(f"there is no such host: {error.strerror}", where="--host") from None
-    if key is None and not is_loopback(str(place[0])):
+    if key is None and not is_loopback(listening.getsockname()[0]):
         hint = "Set ONWARD_API_KEY; clients then send it as their API key."
         raise UsageError("other machines could reach the model, and no key is set", where="--host", hint=hint)
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(place)
-        listening.listen(BACKLOG)
-    except OSError as error:
-        listening.close()
-        hint = "--port 0 takes any that is free."
-        raise UsageError(f"port {port} cannot be used: {error.strerror}", where="--port", hint=hint) from None
-    return listening
 
 
 class Following:

@@ -1,0 +1,31 @@
+"""Where a server listens."""
+
+from __future__ import annotations
+
+import socket
+
+from onward.errors import UsageError
+
+BACKLOG = 128
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a listening socket; port 0 takes any that is free.
+
+    Raises:
+        UsageError: there is no such host, it is not this machine, or the port is taken.
+    """
+    where, hint = f"{host}:{port}", "--port 0 takes any that is free."
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except OSError as error:
+        raise UsageError(f"there is no such host: {error.strerror or error}", where=where) from None
+    listening = socket.socket(family, kind)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(place)
+        listening.listen(BACKLOG)
+    except OSError as error:
+        listening.close()
+        raise UsageError(f"a server cannot listen there: {error.strerror or error}", where=where, hint=hint) from None
+    return listening
