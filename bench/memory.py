@@ -1,8 +1,8 @@
 """The estimated memory of a step against what it takes: `memory.py METHOD ROWS LENGTH [recompute]`.
 
-It runs the default model on a CPU, in a process of its own: the peak of resident memory in two steps above what Python
-and its libraries held before the model was loaded; the peak of loading is reported separately. The last line of the
-output is JSON.
+It runs the default model on a CPU, in a process of its own: the peak of resident memory in two steps, with the copy of
+a commit beside the second, above what Python and its libraries held before the model was loaded; the peak of loading is
+reported separately. The last line of the output is JSON.
 """
 
 from __future__ import annotations
@@ -52,9 +52,11 @@ def measure(method: str, rows: int, length: int, *, recompute: bool) -> dict[str
     batch = Batch(made, [RowReference("bench", place) for place in range(rows)], list(range(rows)))
     loaded = resident("VmHWM") - before
     forget_peak()
-    for _ in range(STEPS):
+    for step in range(STEPS):
+        kept = state.snapshot() if step else None  # as a process keeps it from its first commit on
         trainer.take_step(batch, FilePlan("bench", rows=1 << 23, batch_size=8, epochs=1, seed=0))  # type: ignore[arg-type]
     measured = resident("VmHWM") - before
+    del kept
     return {
         "method": method, "rows": rows, "length": length, "recompute": recompute, "estimate": estimate.total,
         "measured": measured, "loaded": loaded, "off": estimate.total / measured - 1,

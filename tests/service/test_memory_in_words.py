@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import small
 import tiny
+import torch
 from daemons import configure
 from runs import new_run
 
@@ -19,7 +21,7 @@ from onward.training.device.memory import Usage
 from onward.training.model.quiet import LEVELS
 from onward.training.steps.memory import largest_part
 
-SMALL, LARGE = Usage(total=1 << 20, free=1 << 20, own=0), Usage(total=1 << 50, free=1 << 50, own=0)
+SMALL, LARGE = Usage(total=1 << 10, free=1 << 10, own=0), Usage(total=1 << 50, free=1 << 50, own=0)
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +71,19 @@ def test_layers_are_computed_again_if_a_step_does_not_fit_otherwise(
     assert found is not None
     assert found[0].startswith(f"{estimate}: parts of 2 rows of 4,096 tokens, {how}")
     assert (usage is not SMALL) == found[1]
+
+
+@pytest.mark.parametrize("main", [LARGE, SMALL, None])
+def test_a_gpu_s_commits_are_copied_to_main_memory(
+    main: Usage | None, measured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which may have less room than they take, as in a job of Slurm: then `doctor` warns, whatever the GPU has."""
+    run = Run(measured)
+    profile = memory.kept_profile(run.layout, run.config)
+    assert profile is not None
+    monkeypatch.setattr(memory, "kept_profile", lambda *_: replace(profile, device="cuda"))
+    monkeypatch.setattr(memory, "pick_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(memory, "read_usage", lambda device: main if device.type == "cpu" else LARGE)
+    found = memory.memory_in_words(run.layout)
+    assert found is not None
+    assert (True, main is not SMALL) == ("commits are copied to main memory" in found[0], found[1])

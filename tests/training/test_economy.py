@@ -211,6 +211,20 @@ def test_gradients_take_the_place_of_activations() -> None:
     assert on_gpu.estimate([1000], alone=True) == on_gpu.estimate([1000])
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_copy_for_a_commit_is_counted_where_it_lies(method: str) -> None:
+    """It stays in main memory from one commit to the next: on a CPU beside the step, on a GPU not."""
+    trainer = trainer_of(model_of("llama", ROW_ATTENTION, method, 0.0), method=method)
+    trainer.take_step(step(0), PLAN)
+    copied = trainer.state.snapshot().copied
+    assert copied is not None
+    profile = trainer.economy.profile
+    large = [tensor for tensor in copied.tensors if tensor.dim()]  # not Adam's counters
+    assert profile.copied == sum(tensor.numel() * tensor.element_size() for tensor in large)
+    on_cpu, on_gpu = (replace(profile, device=device).estimate([8]) for device in ("cpu", "cuda"))
+    assert (profile.copied, 0) == (on_cpu.commit, on_gpu.commit)
+
+
 def test_the_tokens_of_a_part_follow_from_memory() -> None:
     """The most that fit without recomputation, else with it up to the usual number, never fewer than the least."""
     one = Polynomial(0.0, 1000.0, 0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig
 
 from onward.config import Config
@@ -23,7 +24,7 @@ from onward.training.optimizers import optimizer_method
 from onward.training.state import TrainState
 from onward.training.steps.economy import Economy, Learned
 from onward.training.steps.loss import TargetLoss
-from onward.training.steps.memory import FACT, Profile, fits, is_alone, largest_part, profile_of
+from onward.training.steps.memory import FACT, USABLE, Profile, fits, is_alone, largest_part, profile_of
 
 
 def measure_memory(layout: RunLayout, ledger: Ledger) -> Profile:
@@ -77,7 +78,8 @@ def memory_in_words(layout: RunLayout) -> tuple[str, bool] | None:
     profile = kept_profile(layout, config)
     if profile is None:
         return None
-    part, usage, setting = largest_part(config), read_usage(pick_device()), config.activation_checkpointing
+    device, part, setting = pick_device(), largest_part(config), config.activation_checkpointing
+    usage = read_usage(device)
     alone = is_alone(part, config)
     estimate = profile.estimate(part, alone=alone)
     lacks_room = profile.recomputed is not None and not fits(estimate, usage)
@@ -86,7 +88,14 @@ def memory_in_words(layout: RunLayout) -> tuple[str, bool] | None:
         estimate, how = profile.estimate(part, recompute=True, alone=alone), "layers are computed again"
     rows = f"parts of {len(part)} rows of {config.max_length:,} tokens"
     here = "" if usage is None else f"; {usage.available / 1e9:.1f} GB of {usage.total / 1e9:.1f} GB available"
-    return f"{estimate}: {rows}, {how}{here}", fits(estimate, usage)
+    room, copy = fits(estimate, usage), ""
+    if device.type != "cpu":  # a CPU's estimate counts it
+        main = read_usage(torch.device("cpu"))
+        copy = f"; commits are copied to main memory, {profile.copied / 1e9:.2f} GB"
+        if main is not None:
+            copy += f" of {main.available / 1e9:.1f} GB available"
+            room = room and profile.copied <= USABLE * main.available
+    return f"{estimate}: {rows}, {how}{here}{copy}", room
 
 
 def _key(config: Config) -> str:

@@ -134,12 +134,23 @@ class Profile:
             activations=activations,
             logits=logits,
             libraries=LIBRARIES[self.kind] if self.device == "cpu" else 0,
+            commit=self.copied if self.device == "cpu" else 0,
         )
+
+    @property
+    def copied(self) -> int:
+        """The bytes of the copy that a commit writes in the background. It stays in main memory for the next one."""
+        return self.trained + self.moments
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a step takes at its peak, in bytes, by purpose; moments with what the optimizer's step takes."""
+    """What a step takes at its peak, in bytes, by purpose.
+
+    Args:
+        moments: with what the optimizer's step takes.
+        commit: the copy of the state, on a CPU, where it lies in the same memory.
+    """
 
     base: int
     trained: int
@@ -148,6 +159,7 @@ class Estimate:
     activations: int
     logits: int
     libraries: int
+    commit: int
 
     @property
     def total(self) -> int:
