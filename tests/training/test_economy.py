@@ -22,6 +22,7 @@ from onward.errors import ConfigError
 from onward.training.device.execution import Execution
 from onward.training.device.memory import Usage
 from onward.training.layers.attention import ROW_ATTENTION
+from onward.training.layers.cross_entropy import CHUNK_BYTES, LOGITS_BYTES
 from onward.training.layers.fused_lora import fuse_lora
 from onward.training.state import Cursor, TrainState
 from onward.training.steps.economy import Learned
@@ -209,6 +210,15 @@ def test_gradients_take_the_place_of_activations() -> None:
     assert 50_000 == profile.estimate([1000]).gradients
     on_gpu = replace(profile, device="cuda")
     assert on_gpu.estimate([1000], alone=True) == on_gpu.estimate([1000])
+
+
+@pytest.mark.parametrize(("device", "chunk"), [("cpu", LOGITS_BYTES), ("cuda", CHUNK_BYTES["cuda"])])
+def test_logits_of_a_trained_head_are_those_of_a_chunk_on_its_device(device: str, chunk: int) -> None:
+    """A GPU computes more tokens at a time; neither keeps more logits than the part has."""
+    profile = Profile(0, 9_000, 0, Polynomial(0, 1, 0), None, 10, 100_000, 3_000, device, "full")
+    assert [2 * 4 * 8 * 100_000 + 9_000, 2 * chunk + 9_000] == [
+        profile.estimate([length]).logits for length in (8, 10_000)
+    ]
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -23,7 +23,7 @@ from onward.data.plan.loader import Batch
 from onward.data.plan.order import RowReference
 from onward.data.tokenized import Row
 from onward.training.device.memory import Usage
-from onward.training.layers.cross_entropy import LOGITS_BYTES, TILE_BYTES
+from onward.training.layers.cross_entropy import CHUNK_BYTES, LOGITS_BYTES, TILE_BYTES
 from onward.training.layers.recompute import Recomputation
 from onward.training.model.load import causal_lm
 from onward.training.optimizers import OptimizerMethod
@@ -113,7 +113,7 @@ class Profile:
         one_layer = whole / max(1, self.layers)
         again = recompute and self.recomputed is not None
         kept = self.recomputed(lengths) + one_layer if again and self.recomputed else whole
-        budget = LOGITS_BYTES if self.trained_head else TILE_BYTES.get(self.device, LOGITS_BYTES)
+        budget = (CHUNK_BYTES if self.trained_head else TILE_BYTES).get(self.device, LOGITS_BYTES)
         logits = 2 * min(budget, 4 * tokens * self.vocabulary)
         logits += 3 * self.trained_head  # the head's gradient: summed, scaled, and once more
         gradients = self.trained
