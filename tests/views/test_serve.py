@@ -170,9 +170,10 @@ def test_bad_requests_are_told(url: str, body: Any, words: str) -> None:
 def test_strangers_are_refused(url: str, engine: Engine) -> None:
     """A page of another site, another name for this machine, and clients without the key."""
     body = {"messages": QUESTION, **GREEDY}
-    path = f"{url}/chat/completions"
+    path, health = f"{url}/chat/completions", f"{url.removesuffix('/v1')}/health"
     assert 403 == ask(path, body, Origin="https://evil.example")[0]
-    assert 403 == ask(path, body, Host="evil.example")[0]
+    assert [403, 403] == [ask(place, given, Host="evil.example")[0] for place, given in ((path, body), (health, None))]
+    assert 200 == ask(health, None)[0]
     assert 200 == ask(path, body, Origin="http://localhost:3000")[0]
     with served(engine, key="secret") as locked:
         statuses = [

@@ -85,8 +85,7 @@ class Service:
 
     async def health(self, request: Request) -> Response:
         """Say that the server answers."""
-        del request
-        return JSONResponse({"status": "ok"})
+        return self._refuse_name(request) or JSONResponse({"status": "ok"})
 
     def _described(self) -> dict[str, Any]:
         loaded = self.engine.loaded
@@ -97,14 +96,20 @@ class Service:
 
     def _refuse(self, request: Request) -> Response | None:
         """Return the refusal of a request under another name, from a page of another site, or without the key."""
-        if self.hosts is not None and not self.hosts.know(request.headers.get("host", "")):
-            return JSONResponse(failure("this server has no such host name"), 403)
+        misnamed = self._refuse_name(request)
+        if misnamed is not None:
+            return misnamed
         origin = request.headers.get("origin")
         if origin is not None and (self.hosts is None or not self.hosts.know(origin.partition("://")[2])):
             return JSONResponse(failure("requests from pages of other sites are refused"), 403)
         if self.key is not None and not hmac.compare_digest(bearer(request.headers).encode(), self.key.encode()):
             return JSONResponse(failure("the API key is missing or wrong", kind="authentication_error"), 401)
         return None
+
+    def _refuse_name(self, request: Request) -> Response | None:
+        if self.hosts is None or self.hosts.know(request.headers.get("host", "")):
+            return None
+        return JSONResponse(failure("this server has no such host name"), 403)
 
     async def _answer(self, request: Request, *, is_chat: bool) -> Response:
         refusal = self._refuse(request)
