@@ -64,10 +64,10 @@ def _folders(groups: Path, trees: Path) -> Iterator[tuple[Path, _Version]]:
 
 def _limit(folder: Path, version: _Version) -> Limit | None:
     try:
-        total = (folder / version.limit).read_text().strip()
+        total = int((folder / version.limit).read_text())  # "max" is no number: the rest is read only for a limit
         used = int((folder / version.usage).read_text())
         stat = dict(line.split(" ", 1) for line in (folder / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):  # it has no limit of its own, or it went away
         return None
     pages = sum(int(stat.get(name, 0)) for name in version.file_pages)
-    return Limit(int(total), max(0, used - pages)) if total.isdigit() else None
+    return Limit(total, max(0, used - pages))
