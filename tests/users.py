@@ -15,6 +15,12 @@ OPEN = all(folder.stat().st_mode & 0o001 for folder in Path(torch.__file__).pare
 """Whether other users can import what Onward needs."""
 
 
+def let_others_reach(folder: Path) -> None:
+    """Let other users into a folder of a test, and the folders above it."""
+    for path in [folder, *folder.parents][: len(folder.parts) - 2]:
+        path.chmod(path.stat().st_mode | 0o055)
+
+
 def as_nobody(look: Callable[[], Any]) -> Any:
     """Return what a user without any right to write gets, in a process of its own."""
     reader, writer = os.pipe()

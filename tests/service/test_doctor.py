@@ -15,7 +15,7 @@ import tiny
 from daemons import configure
 from filelock import FileLock
 from runs import new_run
-from users import NOBODY, OPEN, as_nobody
+from users import NOBODY, OPEN, as_nobody, let_others_reach
 
 from onward import Run
 from onward.errors import DamagedState
@@ -175,8 +175,7 @@ def test_steps_that_a_dead_process_lost_do_not_count(layout: RunLayout) -> None:
 @pytest.mark.parametrize("has_log", [False, True])
 def test_another_user_may_look(has_log: bool, layout: RunLayout) -> None:
     """Status, history and the lock can be read by a user who may not write, with and without SQLite's log there."""
-    for path in [layout.root, *layout.root.parents][: len(layout.root.parts) - 2]:
-        path.chmod(path.stat().st_mode | 0o055)
+    let_others_reach(layout.root)
     layout.lock.unlink(missing_ok=True)
 
     def look() -> Any:
@@ -295,8 +294,7 @@ def test_what_may_not_be_written_is_named_with_a_way_out(closed: str, is_others:
 
     Whoever only looks at another user's run gets a warning.
     """
-    for path in [layout.root, *layout.root.parents][: len(layout.root.parts) - 2]:
-        path.chmod(path.stat().st_mode | 0o055)
+    let_others_reach(layout.root)
     for path in [layout.root, *layout.root.rglob("*")]:
         os.chown(path, NOBODY, NOBODY)
     place = layout.root / closed

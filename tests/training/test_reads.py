@@ -14,7 +14,7 @@ import processes
 import pytest
 from faults import FULL_SIZE
 from read_faults import REFUSALS, ReadFault
-from users import OPEN, as_nobody
+from users import OPEN, as_nobody, let_others_reach
 
 from onward.errors import Unreadable
 from onward.training.checkpoints import huggingface
@@ -106,8 +106,7 @@ def test_too_many_open_files_are_the_problem_of_the_process(model: Path, tmp_pat
 def test_a_base_that_this_user_may_not_read_is_not_called_incomplete(model: Path, tmp_path: Path, name: str) -> None:
     """safetensors calls every file that it cannot open missing; copying the folder again would change nothing."""
     base = shutil.copytree(model, tmp_path / "base")
-    for path in [base, *base.parents][: len(base.parts) - 2]:
-        path.chmod(path.stat().st_mode | 0o055)
+    let_others_reach(base)
     for path in base.iterdir():
         path.chmod(0 if path.name == name else 0o644)
 
