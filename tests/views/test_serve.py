@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import tiny
+from addresses import NEEDS_IPV6
 from commands import assert_refused, onward
 from documented import DOCS, blocks_for, prepare
 from faults import copy_run
@@ -34,8 +35,8 @@ uvicorn = pytest.importorskip("uvicorn", reason="onward[serve] is not installed"
 pytest.importorskip("starlette", reason="onward[serve] is not installed")
 
 from onward.views.serve.app import Service  # noqa: E402
-from onward.views.serve.server import Following, base_url, hosts_of  # noqa: E402
-from onward.views.web.listening import listen  # noqa: E402
+from onward.views.serve.server import Following, hosts_of  # noqa: E402
+from onward.views.web.listening import listen, url_of  # noqa: E402
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8}
 QUESTION: list[Any] = [{"role": "user", "content": "what runs past the river?"}]
@@ -50,7 +51,7 @@ def served(engine: Engine, key: str | None = None, host: str = "127.0.0.1", name
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
     try:
-        yield base_url(host, listening)
+        yield f"{url_of(host, listening)}/v1"
     finally:
         server.should_exit = True
         thread.join()
@@ -245,7 +246,7 @@ def test_a_server_that_only_this_machine_reaches_knows_its_names_whatever_it_is_
         assert hosts_of("0.0.0.0", wide) is None
 
 
-@pytest.mark.parametrize("host", ["127.0.0.2", "localhost", "::1"])
+@pytest.mark.parametrize("host", ["127.0.0.2", "localhost", pytest.param("::1", marks=NEEDS_IPV6)])
 def test_a_server_goes_by_the_name_that_it_listens_at(engine: Engine, host: str) -> None:
     """Every address of this machine's loopback is one that it can be asked at."""
     with served(engine, host=host) as url:

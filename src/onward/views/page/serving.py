@@ -18,8 +18,8 @@ from onward.views.page.app import PageSettings, make_app
 from onward.views.page.runs import find_runs
 from onward.views.page.upload import remove_dead_parts
 from onward.views.web.connections import Server
-from onward.views.web.listening import listen
-from onward.views.web.origin import Hosts, is_loopback
+from onward.views.web.listening import listen, others_can_reach, url_of
+from onward.views.web.origin import Hosts
 
 NICENESS = 5
 """The niceness of the page: training goes first if both want a core."""
@@ -59,17 +59,19 @@ def serve(
         UsageError: there is no run, or the address cannot be bound.
     """
     runs = find_runs(directories)
-    settings = PageSettings(Hosts.of(address.host, address.names), _key(), read_only)
+    key = _key()
     listener = listen(address.host, address.port)
+    is_public = others_can_reach(listener)
+    settings = PageSettings(Hosts.of(address.host, address.names, any_address=is_public), key, read_only)
     for run in () if read_only else runs:
         with contextlib.suppress(OSError):
             remove_dead_parts(run.layout.inbox)
-    if not is_loopback(address.host):
+    if is_public:
         say("others can reach this page: whoever has its link may do what you may, and traffic is not encrypted")
     with contextlib.suppress(OSError):
         os.nice(NICENESS)
     server = PageServer(server_config(make_app(runs, settings)))
-    show(link(address.host, listener.getsockname()[1], settings.key))
+    show(f"{url_of(address.host, listener)}/?token={key.token}")
     with listener, contextlib.suppress(KeyboardInterrupt):  # this is how a page is ended
         server.run(sockets=[listener])
 
@@ -92,12 +94,6 @@ def server_config(app: Starlette) -> uvicorn.Config:
         app, log_config=None, access_log=False, server_header=False, date_header=False,
         timeout_graceful_shutdown=WAIT_SECONDS, http="h11", ws="none", lifespan="on",
     )  # fmt: skip
-
-
-def link(host: str, port: int, key: Key) -> str:
-    """Return the address that opens the page."""
-    name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{name}:{port}/?token={key.token}"
 
 
 def _key() -> Key:

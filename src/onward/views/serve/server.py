@@ -19,8 +19,8 @@ from onward.views.loaded import load
 from onward.views.points import hold, state_mark
 from onward.views.serve.app import Service
 from onward.views.web.connections import Server
-from onward.views.web.listening import listen
-from onward.views.web.origin import Hosts, is_loopback
+from onward.views.web.listening import listen, others_can_reach, url_of
+from onward.views.web.origin import Hosts
 
 LOOK_SECONDS = 1.0
 """Seconds between two checks for a newer commit."""
@@ -64,7 +64,7 @@ def serve(
     host, key = served.host, served.key
     with listen(host, served.port) as listening:
         _require_key(key, listening)
-        url = base_url(host, listening)
+        url = f"{url_of(host, listening)}/v1"
         if is_held(layout.lock):
             give_way()
         mark = state_mark(layout) if served.follow else None
@@ -89,7 +89,7 @@ def _require_key(key: str | None, listening: socket.socket) -> None:
     Raises:
         UsageError: they could reach the server, and there is none.
     """
-    if key is None and not is_loopback(listening.getsockname()[0]):
+    if key is None and others_can_reach(listening):
         hint = "Set ONWARD_API_KEY; clients then send it as their API key."
         raise UsageError("other machines could reach the model, and no key is set", where="--host", hint=hint)
 
@@ -168,15 +168,6 @@ class _Announcing(Server):
             self._started()
 
 
-def base_url(host: str, listening: socket.socket) -> str:
-    """Return the URL that clients ask at."""
-    return f"http://{_named(host)}:{listening.getsockname()[1]}/v1"
-
-
 def hosts_of(host: str, listening: socket.socket) -> Hosts | None:
     """Return the names by which a server may be addressed that only this machine can reach; None for others."""
-    return Hosts.of(host) if is_loopback(listening.getsockname()[0]) else None
-
-
-def _named(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
+    return None if others_can_reach(listening) else Hosts.of(host)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 
 from onward.errors import UsageError
@@ -29,3 +30,14 @@ def listen(host: str, port: int) -> socket.socket:
         listening.close()
         raise UsageError(f"a server cannot listen there: {error.strerror or error}", where=where, hint=hint) from None
     return listening
+
+
+def others_can_reach(listening: socket.socket) -> bool:
+    """Return whether other machines can: by the address that a socket got, since a name does not tell."""
+    return not ipaddress.ip_address(listening.getsockname()[0]).is_loopback
+
+
+def url_of(host: str, listening: socket.socket) -> str:
+    """Return the URL of a server on this machine that was asked to listen on `host`."""
+    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://{f'[{name}]' if ':' in name else name}:{listening.getsockname()[1]}"

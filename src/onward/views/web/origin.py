@@ -30,23 +30,15 @@ class Hosts:
     any_address: bool = False
 
     @classmethod
-    def of(cls, bound_to: str, others: Iterable[str] = ()) -> Hosts:
+    def of(cls, bound_to: str, others: Iterable[str] = (), *, any_address: bool = False) -> Hosts:
         """Return the hosts of a server that listens on an address and has other names, as behind a proxy."""
         names = {*LOCAL_NAMES, "127.0.0.1", "::1", bound_to, *others}
-        return cls(frozenset(name.lower().strip("[]") for name in names), any_address=not is_loopback(bound_to))
+        return cls(frozenset(name.lower().strip("[]") for name in names), any_address)
 
     def know(self, host: str) -> bool:
         """Return whether the `Host` of a request is one of them, with any port: a tunnel has a port of its own."""
         name = _name_of(host)
         return name is not None and (name in self.names or (self.any_address and _is_address(name)))
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether only this machine can reach a server that listens on `host`."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host.lower() in LOCAL_NAMES
 
 
 def bearer(headers: Headers) -> str:
