@@ -30,7 +30,7 @@ from onward import Run
 from onward.atomic import system_errors
 from onward.events import StepTaken
 from onward.service.lock import RunLock
-from onward.service.proof.doctor import examine
+from onward.service.proof.doctor.examination import examine
 from onward.status import read_status
 from onward.store.ledger import Ledger
 

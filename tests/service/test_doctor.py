@@ -22,7 +22,8 @@ from onward.errors import DamagedState
 from onward.layout import MANIFEST, RunLayout, step_of
 from onward.service.holder import is_held
 from onward.service.lock import RunLock
-from onward.service.proof.doctor import Finding, examine
+from onward.service.proof.doctor.examination import examine
+from onward.service.proof.doctor.finding import Finding
 from onward.status import read_history, read_status
 from onward.store.ledger import Ledger, make_ledger
 from onward.store.metrics import Metrics

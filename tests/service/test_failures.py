@@ -28,7 +28,7 @@ from onward.service.holder import read_heartbeat
 from onward.service.owner import disk
 from onward.service.owner.alongside.heartbeat import Heartbeat
 from onward.service.owner.crashes import Crash, Deaths
-from onward.service.proof.doctor import examine
+from onward.service.proof.doctor.examination import examine
 from onward.service.wishes import Wishes
 from onward.status import read_status
 from onward.store.ledger import Ledger

@@ -18,7 +18,7 @@ from commands import assert_refused, make_run, onward
 from onward.errors import DamagedState, UsageError
 from onward.layout import RunLayout
 from onward.library.making import open_ledger
-from onward.service.proof.doctor import examine
+from onward.service.proof.doctor.examination import examine
 from onward.store.disks import NO_LOCKS, mount_of, require_local, require_locks
 from onward.store.ledger import Ledger, make_ledger
 

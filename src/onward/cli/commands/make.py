@@ -49,6 +49,7 @@ def init(
         ) from None
     if not later:
         _say_memory(made.layout)
+        _say_threads()
     if as_json:
         config = made.config.model_dump(mode="json")
         with Ledger(made.layout.ledger, read_only=True) as ledger:
@@ -75,6 +76,14 @@ def _say_memory(layout: RunLayout) -> None:
     if found is not None:
         words, has_room = found
         say(f"memory: {words}" if has_room else f"memory: {words}; it may not be enough: onward doctor")
+
+
+def _say_threads() -> None:
+    """Say what a run's first file should wait for: later, another number of threads changes bits."""
+    from onward.service.proof.doctor.machine import check_threads
+
+    for finding in check_threads():
+        say(f"{finding.message}. {finding.hint}")
 
 
 def adopt(

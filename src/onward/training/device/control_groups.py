@@ -1,4 +1,4 @@
-"""The memory limits of a process's control groups: those of its container, its job of Slurm, its unit of systemd.
+"""The limits of a process's control groups: those of its container, its job of Slurm, its unit of systemd.
 
 A limit may be set on any group above the process, and both versions of control groups are in use, at times at once.
 """
@@ -41,28 +41,40 @@ _TWO = _Version("memory.max", "memory.current", ("active_file", "inactive_file")
 
 def read_limits(groups: Path = GROUPS, trees: Path = TREES) -> list[Limit]:
     """Return the memory limits that hold for this process; none where there are no control groups."""
-    return [limit for folder, version in _folders(groups, trees) if (limit := _limit(folder, version)) is not None]
+    folders = _folders("memory", groups, trees)
+    limits = [_memory(folder, _ONE if is_first else _TWO) for folder, is_first in folders]
+    return [limit for limit in limits if limit is not None]
 
 
-def _folders(groups: Path, trees: Path) -> Iterator[tuple[Path, _Version]]:
-    """Yield each group of this process that may have a limit, and every group above it.
+def read_processors(groups: Path = GROUPS, trees: Path = TREES) -> float | None:
+    """Return how many processors' time the threads of this process get; None where no group limits it.
+
+    Which processors they may run on is another matter, which the system tells PyTorch.
+    """
+    shares = [_processors(folder, is_first) for folder, is_first in _folders("cpu", groups, trees)]
+    return min((share for share in shares if share is not None), default=None)
+
+
+def _folders(controller: str, groups: Path, trees: Path) -> Iterator[tuple[Path, bool]]:
+    """Yield each group of this process that may have a limit, and every group above it, with whether it is of the
+    first version.
 
     A container may not see the path that the kernel names: then its own group is the tree's root.
     """
     lines = os.fsdecode(groups.read_bytes()).splitlines() if groups.is_file() else []
     for _, controllers, path in (line.split(":", 2) for line in lines):
-        if controllers and "memory" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
-        tree = trees / "memory" if controllers else trees
+        tree = trees / controller if controllers else trees
         if not controllers and not (trees / "cgroup.controllers").is_file():
             tree = trees / "unified"
         within = Path(path.lstrip("/"))
         for part in (within, *within.parents):
             if ".." not in part.parts:
-                yield tree / part, _ONE if controllers else _TWO
+                yield tree / part, bool(controllers)
 
 
-def _limit(folder: Path, version: _Version) -> Limit | None:
+def _memory(folder: Path, version: _Version) -> Limit | None:
     try:
         total = int((folder / version.limit).read_text())  # "max" is no number: the rest is read only for a limit
         used = int((folder / version.usage).read_text())
@@ -71,3 +83,13 @@ def _limit(folder: Path, version: _Version) -> Limit | None:
         return None
     pages = sum(int(stat.get(name, 0)) for name in version.file_pages)
     return Limit(total, max(0, used - pages))
+
+
+def _processors(folder: Path, is_first: bool) -> float | None:
+    """Return the time that a group's threads get in a period, in periods; None without a limit of its own."""
+    names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if is_first else ("cpu.max",)
+    try:
+        quota, period = (int(word) for name in names for word in (folder / name).read_text().split())
+    except (OSError, ValueError):  # the second version writes "max"
+        return None
+    return quota / period if quota > 0 else None

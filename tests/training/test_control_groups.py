@@ -1,4 +1,4 @@
-"""Main memory as the kernel grants it: to the machine, a container, a job of Slurm, a unit of systemd."""
+"""What the kernel grants to a machine, a container, a job of Slurm, a unit of systemd: main memory, processors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 import torch
 from processes import apart
 
-from onward.training.device.control_groups import Limit, read_limits
+from onward.service.proof.doctor.machine import check_threads
+from onward.training.device.control_groups import Limit, read_limits, read_processors
 from onward.training.device.memory import read_total, read_usage
 
 GIB = 1 << 30
@@ -87,23 +88,89 @@ def test_what_a_limit_leaves_is_what_can_be_used(monkeypatch: pytest.MonkeyPatch
         assert (usage.free <= 4096) == (narrow in limits)
 
 
-@pytest.fixture
-def job() -> Generator[Path]:
-    """A control group of this machine with 3 GiB of memory."""
-    for tree, name in (("/sys/fs/cgroup/memory", ONE[0]), ("/sys/fs/cgroup", TWO[0])):
+@pytest.mark.parametrize(
+    ("lines", "files", "expected"),
+    [
+        pytest.param("0::/\n", {}, None, id="no limit"),
+        pytest.param("0::/\n", {"cpu.max": "max 100000"}, None, id="a container without a limit"),
+        pytest.param("0::/\n", {"cpu.max": "150000 100000"}, 1.5, id="a container"),
+        pytest.param(
+            "0::/pod/container\n", {"pod/cpu.max": "50000 20000", "pod/container/cpu.max": "400000 100000"}, 2.5,
+            id="a container of a narrower pod",
+        ),
+        pytest.param(
+            "2:cpu,cpuacct:/job\n",
+            {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000",
+             "cpu/job/cpu.cfs_quota_us": "300000", "cpu/job/cpu.cfs_period_us": "100000"}, 3.0,
+            id="the first version",
+        ),
+        pytest.param("2:memory:/\n", {"memory/cpu.max": "1 1"}, None, id="not the processors' tree"),
+    ],
+)  # fmt: skip
+def test_the_narrowest_share_of_processors_holds(
+    lines: str, files: Mapping[str, str], expected: float | None, tmp_path: Path
+) -> None:
+    """Of either version, and of every group up to the root."""
+    (tmp_path / "cgroup").write_text(lines)
+    trees = tmp_path / "fs"
+    trees.mkdir()
+    (trees / "cgroup.controllers").write_text("cpu memory\n")
+    for name, text in files.items():
+        (trees / name).parent.mkdir(parents=True, exist_ok=True)
+        (trees / name).write_text(f"{text}\n")
+    assert expected == read_processors(tmp_path / "cgroup", trees)
+
+
+def made_group(controller: str, limits: Mapping[str, str]) -> Generator[Path]:
+    """Make a control group of this machine with a limit; files and what they contain, of either version."""
+    for tree in (f"/sys/fs/cgroup/{controller}", "/sys/fs/cgroup"):
         folder = Path(tree, f"onward-test-{os.getpid()}")
         try:
             folder.mkdir()
         except OSError:
             continue
         try:
-            if (folder / name).exists():
-                (folder / name).write_text(str(3 * GIB))
+            known = [name for name in limits if (folder / name).exists()]
+            for name in known:
+                (folder / name).write_text(limits[name])
+            if known:
                 yield folder
                 return
         finally:
             folder.rmdir()
     pytest.skip("no control group with a limit can be made here")
+
+
+@pytest.fixture
+def job() -> Generator[Path]:
+    """A control group of this machine with 3 GiB of memory."""
+    yield from made_group("memory", {ONE[0]: str(3 * GIB), TWO[0]: str(3 * GIB)})
+
+
+@pytest.fixture
+def slow_job() -> Generator[Path]:
+    """A control group of this machine with the time of one and a half processors."""
+    yield from made_group("cpu", {"cpu.cfs_quota_us": "150000", "cpu.max": "150000 100000"})
+
+
+def _in_a_slow_job(folder: str) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # threads are of interest where a CPU trains
+    Path(folder, "cgroup.procs").write_text(str(os.getpid()))
+    assert 1.5 == read_processors()
+    torch.set_num_threads(2)
+    assert [] == list(check_threads())
+    torch.set_num_threads(3)
+    (found,) = check_threads()
+    what = "PyTorch computes with 3 threads; a control group gives them the time of 1.5 processors"
+    hint = "Set OMP_NUM_THREADS=2, from a run's first file on: bits depend on it"
+    assert ("warning", what, hint) == (found.level, found.message, found.hint)
+
+
+def test_more_threads_than_processors_are_warned_of(slow_job: Path) -> None:
+    """PyTorch counts the processors that it may run on, not how much of their time it gets: its threads then wait for
+    each other.
+    """
+    assert 0 == apart(_in_a_slow_job, str(slow_job))
 
 
 def _in_a_job(folder: str) -> None:

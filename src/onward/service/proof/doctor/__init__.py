@@ -1,0 +1,1 @@
+"""What would stop a run on a machine, found before it does."""
