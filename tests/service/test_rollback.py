@@ -79,6 +79,21 @@ def test_another_file_after_going_back(run: Run, stopped: Path, files: list[Path
     assert run.verify(deep=True).ok
 
 
+def test_the_oldest_state_cannot_be_trained_again(run: Run, files: list[Path]) -> None:
+    """After a rollback to the oldest restore point that is kept, `deep` says why it proves nothing, and from when on it
+    does; every other check holds.
+    """
+    shutil.rmtree(run.layout.boundary(0))
+    run.rollback(1)
+    proof = run.verify(deep=True)
+    (failed,) = [check for check in proof.checks if not check.ok]
+    assert failed.name == "replay"
+    assert "nothing to train again from" in failed.detail
+    assert "The next file can be proven again: onward train FILE" in failed.detail
+    run.train(files[2])
+    assert run.verify(deep=True).ok
+
+
 def test_a_proof_of_what_is_undone_is_forgotten(run: Run) -> None:
     """The last proof stays while its state does: at a step that is undone, other rows may be trained now."""
 

@@ -72,7 +72,11 @@ def _start(layout: RunLayout, target: Manifest) -> tuple[Path, Manifest]:
             manifest = inspect_checkpoint(point).verified
             if manifest is not None and manifest.run == target.run:
                 return point, manifest
-    raise VerificationFailed("there is no restore point before the current state", where=layout.boundaries)
+    raise VerificationFailed(
+        "no restore point before the current state is kept, so there is nothing to train again from",
+        where=layout.boundaries,
+        hint="A rollback to the oldest one leaves none before it. The next file can be proven again: onward train FILE",
+    )
 
 
 def _train_again(session: Session, evaluation: Evaluation, state: TrainState, target: Manifest) -> Iterator[None]:
