@@ -13,12 +13,10 @@ from onward.layout import RunLayout
 from onward.library.making import create, open_ledger, place_for_run
 from onward.library.owning import Loading, Owning, PathLike, Report, silent
 from onward.service import client
-from onward.service.client import Patience
-from onward.service.holder import is_held
 from onward.service.intake.inbox import require_priority
 from onward.service.outside.reporting import NewNotes
 from onward.service.owner.process import account, operate, require_kept
-from onward.service.wishes import Wishes
+from onward.service.wishes import Wish, Wishes
 
 if TYPE_CHECKING:
     from onward.service.proof.verify import Proof
@@ -203,9 +201,10 @@ class Run(Owning):
         """
         with self._ledger_to_change() as ledger:
             row = client.find_removable(self.layout, ledger, file)
-            if is_held(self.layout.lock):
-                return client.request(self.layout, ledger, Patience(patience), "skip", reason, row.id)
-            reason = reason or "skipped by an operator"
+            answer = client.ask_owner(self.layout, ledger, patience, Wish("skip", reason, row.id))
+            if answer is not None:
+                return answer
+            row, reason = ledger.file(row.id), reason or "skipped by an operator"
             if row.state == "arriving":
                 return self._opened(ledger).intake().withdraw(row, reason)
         with self._owned() as ledger:

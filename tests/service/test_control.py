@@ -21,14 +21,14 @@ from states import assert_same_state
 from onward import Run
 from onward.errors import NoSpace, OnwardError
 from onward.events import StepTaken
-from onward.service.client import Patience, request
+from onward.service.client import EXPIRED, request
 from onward.service.holder import SILENCE
 from onward.service.intake.budget import Spending
 from onward.service.intake.file_check import FileCheck
 from onward.service.intake.lock import IntakeLock
 from onward.service.owner import daemon
 from onward.service.owner.process import account, operate
-from onward.service.wishes import Wishes
+from onward.service.wishes import ENDED_FIRST, FAILED_FIRST, Wish, Wishes
 from onward.store.ledger import Ledger
 
 
@@ -297,12 +297,61 @@ def test_a_stop_of_a_process_that_is_killed_claims_nothing(run: Run, tmp_path: P
         assert (True, []) == (committed < 7, ledger.open_requests())
 
 
+@pytest.mark.parametrize("answer", [None, f"{ENDED_FIRST}, at step 0", f"{FAILED_FIRST}, at step 0: no memory"])
+@pytest.mark.parametrize("kind", ["pause", "resume", "skip"])
+def test_what_a_process_does_not_come_to_is_done_without_it(
+    kind: str, answer: str | None, run: Run, tmp_path: Path
+) -> None:
+    """Nobody has to ask again because a process, which may be a `verify`, ended first, whether or not it said so."""
+    run.add(rows_file(tmp_path / "a.jsonl", 6))
+    if kind == "resume":
+        run.pause()
+    asked: dict[str, Callable[[], str]] = {
+        "pause": run.pause,
+        "resume": run.resume,
+        "skip": lambda: run.skip("a.jsonl"),
+    }
+    answers: list[str] = []
+    operator = threading.Thread(target=lambda: answers.append(asked[kind]()))
+    with run._owned() as ledger:
+        operator.start()
+        until(lambda: bool(ledger.open_requests()))
+        for row in ledger.open_requests() if answer else []:
+            ledger.acknowledge(row.id, answer)
+    operator.join(PATIENCE)
+    expected = {
+        "pause": "no process owns this run; the next onward watch begins paused",
+        "resume": "no longer paused; onward watch continues the run", "skip": "skipped a.jsonl",
+    }  # fmt: skip
+    assert [expected[kind]] == answers
+    with Ledger(run.layout.ledger) as ledger:
+        assert [] == ledger.open_requests()
+        assert (kind == "pause") == (ledger.get("paused") is not None)
+        assert [("skipped" if kind == "skip" else "queued")] == [row.state for row in ledger.files("queued", "skipped")]
+
+
+def test_the_next_process_is_asked_what_the_last_one_did_not_come_to(run: Run) -> None:
+    """A service manager starts another one: it is asked then."""
+    answers: list[str] = []
+    operator = threading.Thread(target=lambda: answers.append(Run(run.layout.root).pause()))
+    with run._owned() as ledger:
+        operator.start()
+        until(lambda: bool(ledger.open_requests()))
+        (number,) = [row.id for row in ledger.open_requests()]
+        ledger.acknowledge(number, EXPIRED)
+        until(lambda: bool(ledger.open_requests()))
+        (number,) = [row.id for row in ledger.open_requests()]
+        ledger.acknowledge(number, "paused at step 0")
+        operator.join(PATIENCE)
+    assert ["paused at step 0"] == answers
+
+
 def test_without_room_for_a_request_the_signal_is_named(run: Run) -> None:
     """On a full disk nothing can be asked for in the ledger: the refusal names what can be typed."""
     with run._owned() as ledger:
         ledger.query("PRAGMA query_only = 1")
         with pytest.raises(NoSpace, match=f"kill -TERM {os.getpid()}"):
-            request(run.layout, ledger, Patience(60), "stop")
+            request(run.layout, ledger, 60, Wish("stop"))
 
 
 def test_a_signal_is_obeyed_by_a_process_whose_ledger_is_full(run: Run, model: Path, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Generator
 from onward.library.making import open_ledger
 from onward.library.observed import Observed
 from onward.service import client
-from onward.service.client import Patience
 from onward.service.moment import require_same_moment
 from onward.store.ledger import Ledger
 
@@ -22,12 +21,12 @@ class Controlled(Observed):
         Without such a process the pause is noted, and the next `watch` begins paused.
         """
         with open_ledger(self.layout) as ledger:
-            return client.pause(self.layout, ledger, Patience(patience), release=release)
+            return client.pause(self.layout, ledger, patience, release=release)
 
     def resume(self, *, patience: float = 60.0) -> str:
         """Ask a paused process to resume."""
         with open_ledger(self.layout) as ledger:
-            return client.resume(self.layout, ledger, Patience(patience))
+            return client.resume(self.layout, ledger, patience)
 
     def stop(self, *, after_file: bool = False, patience: float = 600.0) -> str:
         """Ask the process that trains to commit and exit, now or at the next boundary."""

@@ -6,7 +6,6 @@ import contextlib
 import sqlite3
 import time
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +14,7 @@ from onward.layout import RunLayout
 from onward.ranks import Start
 from onward.service.holder import is_held, read_heartbeat, read_holder
 from onward.service.shown import PAUSED, Shown
-from onward.service.wishes import AFTER_FILE, RELEASE
+from onward.service.wishes import AFTER_FILE, ENDED_FIRST, FAILED_FIRST, RELEASE, Wish
 from onward.store.ledger import Ledger
 from onward.store.lookup import find_file
 from onward.store.rows import FileRow
@@ -37,43 +36,39 @@ class Take(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Patience:
-    """How long a command waits for its answer.
-
-    Args:
-        seconds: how long to wait; a step may take longer, and the request stays open after that.
-        until_end: whether to wait for the process to end, answered or not.
-    """
-
-    seconds: float
-    until_end: bool = False
+class EndedFirst(OnwardError):
+    """A process that was asked for something ended without an answer: it was killed, or its disk is full."""
 
 
-def pause(layout: RunLayout, ledger: Ledger, patience: Patience, *, release: bool) -> str:
+def pause(layout: RunLayout, ledger: Ledger, patience: float, *, release: bool) -> str:
     """Ask the owner to pause, or record it for the next one; return the answer."""
-    if is_held(layout.lock):
-        return request(layout, ledger, patience, "pause", RELEASE if release else None)
+    answer = ask_owner(layout, ledger, patience, Wish("pause", RELEASE if release else None))
+    if answer is not None:
+        return answer
     ledger.put(paused={"release": release})
     Shown(ledger).set(PAUSED)
     return "no process owns this run; the next onward watch begins paused"
 
 
-def resume(layout: RunLayout, ledger: Ledger, patience: Patience) -> str:
+def resume(layout: RunLayout, ledger: Ledger, patience: float) -> str:
     """Ask the owner to resume, or withdraw a recorded pause; return the answer."""
-    if is_held(layout.lock):
-        return request(layout, ledger, patience, "resume")
+    answer = ask_owner(layout, ledger, patience, Wish("resume"))
+    if answer is not None:
+        return answer
     was_paused = ledger.get("paused") is not None
     ledger.put(paused=None)
     Shown(ledger).at_rest()
     return "no longer paused; onward watch continues the run" if was_paused else "it was not paused"
 
 
-def stop(layout: RunLayout, ledger: Ledger, seconds: float, *, after_file: bool) -> str:
+def stop(layout: RunLayout, ledger: Ledger, patience: float, *, after_file: bool) -> str:
     """Ask the owner to end, and wait until it has ended or, with `after_file`, until it has answered."""
     if not is_held(layout.lock):
         return "no process owns this run"
-    return request(layout, ledger, Patience(seconds, until_end=True), "stop", AFTER_FILE if after_file else None)
+    try:
+        return request(layout, ledger, patience, Wish("stop", AFTER_FILE if after_file else None))
+    except EndedFirst:
+        return f"it ended without an answer; the last commit is step {ledger.committed_step()}"
 
 
 class Given:
@@ -166,50 +161,54 @@ def skip_queued(ledger: Ledger, row: FileRow, reason: str) -> str:
     return f"skipped {row.name}"
 
 
-def request(
-    layout: RunLayout, ledger: Ledger, patience: Patience, kind: str, argument: str | None = None,
-    file_id: int | None = None,
-) -> str:  # fmt: skip
-    """Ask the process that owns a run for something and wait for its answer.
+def ask_owner(layout: RunLayout, ledger: Ledger, patience: float, wish: Wish) -> str | None:
+    """Ask the process that owns a run for something and, if it ends first, the next one.
 
     Returns:
-        The answer, in words.
+        The answer, in words; None if no process owns the run, so that it can be done here.
 
     Raises:
-        UsageError: no process owns the run.
         NoSpace: the disk is too full to record the request.
-        OnwardError: the process ended without an answer, or shows no sign of life.
+        OnwardError: the process shows no sign of life.
     """
-    if not is_held(layout.lock):
-        hint = "onward watch starts one; onward status shows the run."
-        raise UsageError("no process trains or watches this run", where=layout.root.absolute(), hint=hint)
-    number = _record(layout, ledger, kind, argument, file_id)
-    ends = time.monotonic() + patience.seconds
+    while is_held(layout.lock):
+        with contextlib.suppress(EndedFirst):
+            answer = request(layout, ledger, patience, wish)
+            if not answer.startswith((ENDED_FIRST, FAILED_FIRST)):
+                return answer
+    return None
+
+
+def request(layout: RunLayout, ledger: Ledger, patience: float, wish: Wish) -> str:
+    """Record a request to the process that owns a run, wait for its answer, and return that, in words.
+
+    Args:
+        patience: seconds to wait; a step may take longer, and the request stays open after that.
+
+    Raises:
+        EndedFirst: it ended without an answer.
+        NoSpace: the disk is too full to record the request.
+        OnwardError: the process shows no sign of life.
+    """
+    number = _record(layout, ledger, wish)
+    ends = time.monotonic() + patience
     while time.monotonic() < ends:
         held = is_held(layout.lock)  # checked first: a process may answer last of all
         row = ledger.request(number)
         if row is not None and row.acknowledged is not None and row.answer != EXPIRED:
             return str(row.answer)
         if not held or (row is not None and row.answer == EXPIRED):
-            return _end_of(layout, ledger, number, patience)
+            with contextlib.suppress(sqlite3.OperationalError):  # the next process closes the request
+                ledger.acknowledge(number, ENDED_FIRST)
+            raise EndedFirst("the process ended before it answered", where=layout.root, hint="onward status")
         _require_life(layout, ledger)
         time.sleep(POLL_SECONDS)
-    return f"the request is not yet acknowledged after {patience.seconds:.0f} s; onward status shows when it is"
+    return f"the request is not yet acknowledged after {patience:.0f} s; onward status shows when it is"
 
 
-def _end_of(layout: RunLayout, ledger: Ledger, number: int, patience: Patience) -> str:
-    """Return what is known about a process that ended without an answer: it was killed, or its disk is full."""
-    with contextlib.suppress(sqlite3.OperationalError):  # the next process closes the request
-        ledger.acknowledge(number, "the process ended first")
-    known = f"the last commit is step {ledger.committed_step()}"
-    if patience.until_end:
-        return f"it ended without an answer; {known}"
-    raise OnwardError(f"the process ended before it answered; {known}", where=layout.root, hint="onward status")
-
-
-def _record(layout: RunLayout, ledger: Ledger, kind: str, argument: str | None, file_id: int | None) -> int:
+def _record(layout: RunLayout, ledger: Ledger, wish: Wish) -> int:
     try:
-        return ledger.add_request(kind, argument, file_id)
+        return ledger.add_request(wish.kind, wish.argument, wish.file)
     except sqlite3.OperationalError as error:
         holder = read_holder(layout.lock)
         pid = holder["pid"] if holder else "PID"

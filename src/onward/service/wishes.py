@@ -21,6 +21,8 @@ from onward.store.waiting import Waiting
 
 AFTER_FILE = "after-file"
 RELEASE = "release"
+ENDED_FIRST, FAILED_FIRST = "the process ended first", "the process failed first"
+"""How the answers begin to wishes that a process did not come to."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """Signals that ask for a stop: Ctrl-C, a service manager, a closed terminal, Slurm's notice before the time limit."""
 

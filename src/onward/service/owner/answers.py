@@ -6,7 +6,7 @@ import sqlite3
 from collections import deque
 from collections.abc import Callable
 
-from onward.service.wishes import Wish, Wishes
+from onward.service.wishes import ENDED_FIRST, FAILED_FIRST, Wish, Wishes
 from onward.store.ledger import Ledger
 
 
@@ -51,8 +51,8 @@ class Answers:
         at = f"at step {self._ledger.committed_step()}"
         while (wish := wishes.take()) is not None:
             if failure is not None:
-                self.give(wish, f"the process failed first, {at}: {failure}")
+                self.give(wish, f"{FAILED_FIRST}, {at}: {failure}")
             elif wish.kind == "stop":
                 self.give(wish, f"stopped {at}")
             else:
-                self.give(wish, f"the process ended first, {at}")
+                self.give(wish, f"{ENDED_FIRST}, {at}")

@@ -182,8 +182,10 @@ def skip(layout: RunLayout, ledger: Ledger, row: FileRow, reason: str) -> str:
     row = _as_committed(layout, ledger, row)
     if row.state == "done":
         return f"{row.name} is done; onward rebuild --without file:{row.position} leaves it out"
-    if row.state != "training":
+    if row.state == "queued":
         return skip_queued(ledger, row, reason)
+    if row.state != "training":
+        return f"{row.name} is already {row.state}"
     move = Move(row, "skipped", {"note": reason, "position": None})
     _take_back(layout, ledger, row, move, f"skipped {row.name}: {reason}")
     where = f", back at step {row.start_step}" if row.start_step is not None else ""
