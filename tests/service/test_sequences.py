@@ -1,9 +1,12 @@
-"""Random sequences of commands, interrupted at random: the run ends as one that only trained what is left, in order."""
+"""Random sequences of commands, interrupted at random, with others beside them that only look: the run ends as one that
+only trained what is left, in order.
+"""
 
 from __future__ import annotations
 
 import random
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +40,7 @@ CHANGES: dict[str, list[Any]] = {
 """Keys that take effect at the next file, or at once, each with values to choose from."""
 KINDS = ("SIGKILL", "SIGKILL", "SIGTERM", "ENOSPC", "EIO")
 SEEDS = range(200 if FULL_SIZE else 3)
+SEEDS_BESIDE = range(100 if FULL_SIZE else 1)
 
 
 class Commands:
@@ -52,14 +56,14 @@ class Commands:
         self.taken_out: set[str] = set()
         self.log: list[str] = []
         self._folder, self._seed, self._random = folder, seed, random.Random(seed)
-        self._actions: list[Callable[[], object]] = [
+        self.actions: list[Callable[[], object]] = [
             self.train, self.train, self.add, self.drop, self.change, self.change, self.damage, self.skip,
             self.rebuild, self.roll_back, self.reset,
         ]  # fmt: skip
 
     def act(self) -> None:
         """Do one thing."""
-        self._random.choice(self._actions)()
+        self._random.choice(self.actions)()
 
     def call(self, *words: object, undisturbed: bool = False) -> int | None:
         """Run a command, which may be interrupted; return its exit status."""
@@ -162,6 +166,40 @@ class Commands:
         assert 0 == self.call("train", *missing, undisturbed=True)
 
 
+LOOKS: tuple[tuple[str, ...], ...] = (
+    ("status", "--json"), ("history", "--json"), ("grid", "--json"), ("metrics",), ("releases", "--json"),
+    ("doctor", "--json"), ("evaluate", "--json"), ("preview", "FILE"), ("plot", "NEW.svg"), ("release", "NEW"),
+    ("export", "NEW"), ("export", "NEW", "--format", "merged"),
+)  # fmt: skip
+"""Commands that take nothing from a run and may be given at any time; FILE is a training file, NEW is new each time."""
+
+
+class Looking(threading.Thread):
+    """Somebody who looks at a run again and again, in a random order, until told to end.
+
+    Args:
+        file: a training file.
+    """
+
+    def __init__(self, run: Run, folder: Path, file: Path, seed: int) -> None:
+        super().__init__(daemon=True)
+        self.log: list[tuple[str, int | None, str]] = []
+        self.end = threading.Event()
+        self._run, self._folder, self._file, self._random = run, folder, file, random.Random(seed)
+        folder.mkdir()
+
+    def run(self) -> None:
+        """Look."""
+        while not self.end.is_set():
+            new = f"v{len(self.log)}"
+            named = {"FILE": str(self._file), "NEW.svg": str(self._folder / f"{new}.svg")}
+            words = self._random.choice(LOOKS)
+            named["NEW"] = new if words[0] == "release" else str(self._folder / new)
+            output = self._folder / f"{new}.txt"
+            status = command(output, *(named.get(word, word) for word in words), "--run", self._run.layout.root)
+            self.log.append((" ".join(words), status, output.read_text()))
+
+
 def set_keys(run: Run, **values: Any) -> None:
     """Change the config on disk."""
     config = yaml.safe_load(run.layout.config.read_text())
@@ -188,11 +226,38 @@ def test_what_is_left_is_trained_as_if_nothing_else_had_been(seed: int, model: P
     try:
         for _ in range(12):
             commands.act()
-        commands.finish()
-        assert {*commands.files} - commands.taken_out == {*commands.states("done")}
-        if commands.files.keys() > commands.taken_out:
-            assert_same_state(trained_alike(commands, model, tmp_path / "twin").layout.root, commands.run.layout.root)
-            assert commands.run.verify(deep=True).ok
+        require_exact(commands, model, tmp_path / "twin")
     except BaseException as error:
         error.add_note("\n".join(commands.log))
+        raise
+
+
+def require_exact(commands: Commands, model: Path, folder: Path) -> None:
+    """Train what is left, and compare the run with its twin."""
+    commands.finish()
+    assert {*commands.files} - commands.taken_out == {*commands.states("done")}
+    if commands.files.keys() > commands.taken_out:
+        assert_same_state(trained_alike(commands, model, folder).layout.root, commands.run.layout.root)
+        assert commands.run.verify(deep=True).ok
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS_BESIDE)
+def test_who_only_looks_is_answered_whatever_is_done_to_the_run(seed: int, model: Path, tmp_path: Path) -> None:
+    """They get an answer or are told what there is instead, and change nothing; `doctor` may find what was torn."""
+    commands = Commands(tmp_path, model, seed)
+    commands.actions.remove(commands.damage)
+    looking = Looking(commands.run, tmp_path / "looking", commands.new_file(), seed)
+    try:
+        looking.start()
+        for _ in range(8):
+            commands.act()
+        looking.end.set()
+        looking.join()
+        require_exact(commands, model, tmp_path / "twin")
+        allowed = {"doctor --json": {0, 1}}
+        wrong = [each for each in looking.log if "Traceback" in each[2] or each[1] not in allowed.get(each[0], {0, 2})]
+        assert [] == wrong
+    except BaseException as error:
+        error.add_note("\n".join([*commands.log, *map(str, looking.log)]))
         raise

@@ -14,10 +14,10 @@ import yaml
 
 from onward.config import Config, stored_config
 from onward.errors import UsageError, first_line
-from onward.layout import RunLayout
-from onward.library.making import open_ledger
+from onward.layout import LEDGER, RunLayout
 from onward.service.knowledge.evaluation import Evaluation
 from onward.service.session import Session, open_session
+from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
 from onward.text import printable
 from onward.training.checkpoints.checkpoint import Manifest
@@ -108,7 +108,7 @@ def lines_of(found: Mapping[str, Any]) -> list[str]:
 
 @contextlib.contextmanager
 def _opened(layout: RunLayout, at: str | None, report: Callable[[str], None]) -> Generator[_Kept]:
-    with hold(layout, at) as point, open_ledger(layout) as ledger, tempfile.TemporaryDirectory() as scratch:
+    with hold(layout, at) as point, tempfile.TemporaryDirectory() as scratch, _copied(layout, Path(scratch)) as ledger:
         manifest = point.manifest
         if manifest is None:
             hint = f"onward releases --json has what was measured when it was made; {AT} STEP names a boundary."
@@ -118,6 +118,15 @@ def _opened(layout: RunLayout, at: str | None, report: Callable[[str], None]) ->
             raise UsageError("nothing was trained in that state", where=AT, hint="Name a later one; see onward history")
         session = open_session(layout, ledger, report=report)
         yield _Kept(session, point.folder, manifest, row, stored_config(manifest.config), Path(scratch))
+
+
+@contextlib.contextmanager
+def _copied(layout: RunLayout, scratch: Path) -> Generator[Ledger]:
+    """Copy the ledger: measuring takes long, and files may be taken out of the stream meanwhile."""
+    with Ledger(layout.ledger, read_only=True) as ledger:
+        ledger.copy_to(scratch / LEDGER)
+    with Ledger(scratch / LEDGER) as copy:
+        yield copy
 
 
 def _run_harness(model: Any, session: Session, tasks: Sequence[str], limit: int | None) -> dict[str, dict[str, float]]:
