@@ -13,7 +13,7 @@ from onward.service.knowledge.table import read_table
 from onward.service.shown import BUSY, DOING
 from onward.store.database import Values
 from onward.store.files import HELD, Finished
-from onward.store.ledger import Ledger
+from onward.store.ledger import Ledger, look_into
 from onward.store.rows import EventRow, FileRow, HistoryRow, StepRecord
 
 FULL = 1 << 20
@@ -35,7 +35,7 @@ def read_status(layout: RunLayout) -> dict[str, Any]:
     `tokens_per_second` and `eta_seconds` (to the end of the file) are averages of the last steps; None when idle.
     """
     layout.require()
-    with Ledger(layout.ledger, read_only=True) as ledger:
+    with look_into(layout.ledger) as ledger:
         held = is_held(layout.lock)
         state, problem = _state(ledger, held=held)
         age, stuck = read_heartbeat(ledger.get("heartbeat") if held else None, time.time())
@@ -115,7 +115,7 @@ def _pace(live: list[StepRecord], current: FileRow | None, state: str) -> dict[s
 def recent_events(layout: RunLayout) -> list[EventRow]:
     """Return the newest events, oldest first."""
     layout.require()
-    with Ledger(layout.ledger, read_only=True) as ledger:
+    with look_into(layout.ledger) as ledger:
         return ledger.events(RECENT)
 
 
@@ -127,7 +127,7 @@ def read_history(layout: RunLayout, known: dict[Finished, Values] | None = None)
     boundary before it. An observer that asks repeatedly passes the same `known`: see `Files.history`.
     """
     layout.require()
-    with Ledger(layout.ledger, read_only=True) as ledger:
+    with look_into(layout.ledger) as ledger:
         rows = ledger.history(known)
     return [_entry(row, place) for place, row in enumerate(rows, start=1)]
 
@@ -139,7 +139,7 @@ def read_grid(layout: RunLayout) -> dict[str, Any]:
         UsageError: there is no run.
     """
     layout.require()
-    with Ledger(layout.ledger, read_only=True) as ledger:
+    with look_into(layout.ledger) as ledger:
         return read_table(ledger).to_dict()
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from onward.errors import DamagedState, OnwardError
 from onward.store.database import LOG_BYTES, refusal
-from onward.store.ledger import Ledger, make_ledger
+from onward.store.ledger import Ledger, look_into, make_ledger
 from onward.store.metrics import Metrics
 from onward.store.migrations import MIGRATIONS
 from onward.store.rows import StepRecord
@@ -116,6 +116,19 @@ def test_readers_see_steps_while_they_are_written(ledger: Ledger) -> None:
             assert step == len(reader.steps(file_id))
         with pytest.raises(sqlite3.OperationalError):
             reader.put(fact=1)
+
+
+def test_a_look_is_of_one_moment(ledger: Ledger) -> None:
+    """What others write during a look is seen by the next one, not by half of this one; and it writes nothing."""
+    with look_into(ledger.path) as look:
+        before = look.files("queued"), look.get("state")
+        add(ledger, "a")
+        ledger.put(state="training")
+        assert before == (look.files("queued"), look.get("state"))
+        with pytest.raises(sqlite3.OperationalError):
+            look.put(state="idle")
+    with look_into(ledger.path) as look:
+        assert (["a"], "training") == ([row.name for row in look.files("queued")], look.get("state"))
 
 
 def test_going_back_forgets_steps_and_marks_checkpoints(ledger: Ledger) -> None:

@@ -230,6 +230,15 @@ class Database:
             raise
 
     @contextlib.contextmanager
+    def one_moment(self) -> Generator[None]:
+        """Let everything that the body reads be of one moment, whatever others write meanwhile; nothing is written."""
+        self._connection.execute("BEGIN")
+        try:
+            yield
+        finally:
+            self._connection.rollback()
+
+    @contextlib.contextmanager
     def without_waiting(self) -> Generator[None]:
         """Let no transaction in the body wait for the disk; the next one that does makes them durable too.
 

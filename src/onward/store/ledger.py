@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,13 @@ def make_ledger(path: Path, **facts: Any) -> None:
         ledger.put(run=uuid.uuid4().hex, state="idle", origin_step=0, **facts)
     temporary.replace(path)
     fsync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def look_into(path: Path) -> Generator[Ledger]:
+    """Open a ledger for a short look: all that the body reads is of one moment, and it writes nothing."""
+    with Ledger(path, read_only=True) as ledger, ledger.one_moment():
+        yield ledger
 
 
 def put_soon(path: Path, waiting: Waiting, **facts: Any) -> None:

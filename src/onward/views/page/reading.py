@@ -22,7 +22,7 @@ from onward.service.knowledge.table import read_newest
 from onward.status import read_grid, read_history, read_status
 from onward.store.database import Values
 from onward.store.files import Finished
-from onward.store.ledger import PROOF, Ledger
+from onward.store.ledger import PROOF, Ledger, look_into
 from onward.text import printable
 from onward.views.page.buckets import KeptBuckets
 
@@ -52,7 +52,7 @@ class RunReader:
             UsageError, DamagedState: it is gone, or this user may not read it.
         """
         self.layout.require()
-        with Ledger(self.layout.ledger, read_only=True) as ledger:
+        with look_into(self.layout.ledger) as ledger:
             yield ledger
 
     def status(self) -> dict[str, Any]:
