@@ -27,7 +27,7 @@ class Hosts:
     """
 
     names: frozenset[str]
-    any_address: bool = False
+    any_address: bool
 
     @classmethod
     def of(cls, bound_to: str, others: Iterable[str] = (), *, any_address: bool = False) -> Hosts:
