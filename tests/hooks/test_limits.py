@@ -9,7 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onward.hooks.limits import RUNNING, WARM_UP, WINDOW, Judged, Limits, grown, moved_away, robust_z, spiked
+from onward.hooks.limits import (
+    RUNNING,
+    WARM_UP,
+    WINDOW,
+    Judged,
+    Limits,
+    grown,
+    moved_away,
+    robust_z,
+    spiked,
+    unanswered,
+)
 
 SPIKE = Limits(spike=4.0)
 
@@ -51,6 +62,40 @@ def test_the_distance_from_the_base_is_judged_by_its_growth() -> None:
         text = f"KL from the base grew by {growth} nats per token, to 0.400 (limit 0.2)"
         assert [text] == [finding.text for finding in moved_away(before, 0.4, limits)]
     assert [] == list(moved_away(0.1, None, limits))
+
+
+def test_a_limit_is_the_most_that_is_allowed() -> None:
+    """What reaches a limit just so is within it; a loss that was measured as nothing is not judged."""
+    limits = Limits(forgetting=0.5, anchor=0.5, answers=2.0)
+    assert [] == [*grown({1: 2.0, 2: 1.0}, {1: 3.0, 2: 0.0}, limits), *moved_away(0.5, 1.0, limits)]
+    assert [] == list(unanswered({"same": False, "z": 2.0, "known": True, "rows": 16}, limits))
+
+
+@pytest.mark.parametrize("same", [False, True])
+@pytest.mark.parametrize("known", [None, False, True])
+@pytest.mark.parametrize("z", [None, -1.0, 1.94, 2.5])
+def test_answers_that_do_not_belong_are_found_where_the_model_could_tell(
+    same: bool, known: bool | None, z: float | None
+) -> None:
+    """Rows that say one thing are always found; others only if earlier files show that the model can tell."""
+    if z is None and known:
+        return  # what cannot be judged needs no earlier file
+    judged = {"same": same, "z": z, "known": known, "rows": 16, "worst": []}
+    found = [finding.text for finding in unanswered(judged, Limits(answers=2.0))]
+    texts = ["its rows all say the same (16 were checked)"] if same else []
+    if known and not same and z is not None and z < 2:
+        texts = [
+            f"its answers fit the questions of other rows as well as their own (16 rows: {z:.1f} standard errors "
+            "better, limit 2); the model can tell those of earlier files apart"
+        ]
+    assert texts == found
+    for nothing in (Limits(), Limits(forgetting=2.0)):
+        assert [] == list(unanswered(judged, nothing))
+
+
+def test_what_was_not_judged_has_no_finding() -> None:
+    """Files of earlier releases were not, and those that were begun without the limit."""
+    assert [] == [*unanswered(None, Limits(answers=2.0)), *unanswered({}, Limits(answers=2.0))]
 
 
 def test_limits_that_are_off_find_nothing() -> None:
@@ -101,3 +146,13 @@ def test_only_the_newest_steps_are_looked_at() -> None:
 def test_what_is_not_finite_is_beyond_every_range(value: float) -> None:
     """NaN and infinity are never usual."""
     assert math.inf == robust_z(value, [1.0, 2.0])
+
+
+def test_deviations_are_those_of_the_median() -> None:
+    """They have a least size, relative to the median, so that what hardly moves has no tight range."""
+    assert pytest.approx([2 / 1.4826, 1.0, 1.0, -1.0]) == [
+        robust_z(4.0, [1.0, 2.0, 3.0]), robust_z(2.1, [2.0] * 5), robust_z(1e-12, [0.0]), robust_z(-2.1, [-2.0])
+    ]  # fmt: skip
+    within, beyond = ([*[0.0] * WARM_UP, *[z * 1e-12] * RUNNING] for z in (4.0, 4.5))
+    assert (None, True) == (spiked(steps(*within), SPIKE), spiked(steps(*beyond), SPIKE) is not None)
+    assert spiked(steps(*beyond)[1:], SPIKE) is None  # too few steps for a usual range

@@ -84,6 +84,10 @@ class Upload:
             fcntl.flock(held, fcntl.LOCK_EX)
             written = await self._copy(chunks, writer)
             await to_thread.run_sync(self._finish, writer)
+        except OSError as error:  # some disks say only at the end that they are full
+            if not is_out_of_space(error):
+                raise
+            raise self._full(size or 0) from None
         finally:  # even if the browser went away: no partial file stays
             writer.close()
             os.close(held)
@@ -108,13 +112,8 @@ class Upload:
     def _write(self, writer: io.FileIO, data: bytes) -> None:
         self._require_room(len(data))
         view = memoryview(data)
-        try:
-            while view:
-                view = view[writer.write(view) :]
-        except OSError as error:
-            if not is_out_of_space(error):
-                raise
-            raise self._full(len(data)) from None
+        while view:
+            view = view[writer.write(view) :]
 
     def _finish(self, writer: io.FileIO) -> None:
         """Force the bytes to the disk, close the file and name it, unless another one got the name meanwhile."""

@@ -19,8 +19,8 @@ def listen(host: str, port: int) -> socket.socket:
     where, hint = f"{host}:{port}", "--port 0 takes any that is free."
     try:
         family, kind, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    except OSError as error:
-        raise UsageError(f"there is no such host: {error.strerror or error}", where=where) from None
+    except (OSError, UnicodeError) as error:  # the latter of a name that no name server takes
+        raise UsageError(f"there is no such host: {getattr(error, 'strerror', None) or error}", where=where) from None
     listening = socket.socket(family, kind)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
