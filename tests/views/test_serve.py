@@ -277,24 +277,6 @@ def test_a_newer_commit_takes_over_without_a_dropped_request(stream: Path, tmp_p
     assert ["step 6, after file 4 (d.jsonl) answers"] == said
 
 
-def test_a_run_without_a_commit_is_said_once_and_the_old_one_answers(stream: Path, tmp_path: Path) -> None:
-    """Whoever resets a run that is served reads one line in its log, not one every second."""
-    layout = RunLayout(copy_run(stream, tmp_path / "run"))
-    said: list[str] = []
-    with hold(layout) as point, Engine(load(layout, point)) as engine:
-        following = Following(layout, engine, state_mark(layout), said.append, lambda: None)
-        Run(layout.root).reset()
-        for _ in range(3):
-            following.try_to_look()
-        assert ["the newest commit cannot be loaded: nothing has been committed yet"] == [
-            line.partition(" [")[0] for line in said
-        ]
-        assert "step 5, after file 3 (c.jsonl)" == engine.loaded.label
-        Run(layout.root).train(tiny.write_jsonl(tmp_path / "new.jsonl", tiny.chat_rows(2, 9)))
-        following.try_to_look()
-    assert "after file 1 (new.jsonl) answers" in said[-1]
-
-
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
 def test_the_command(name: str, stream: Path, tmp_path: Path) -> None:
     """The base URL is the first line on stdout; the process ends on a signal, with status 0 and without a word."""

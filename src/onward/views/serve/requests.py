@@ -29,6 +29,8 @@ UNRELATED = frozenset((
     "user", "safety_identifier", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention",
 ))  # fmt: skip
 """Keys that matter to OpenAI's own service only, not to the answer."""
+ELSEWHERE = {True: ("prompt",), False: ("messages", "tools")}
+"""Keys that are followed at the other address only, by whether this one is that of chats."""
 
 
 class BadRequest(Exception):
@@ -74,10 +76,13 @@ def read_request(body: Any, *, is_chat: bool) -> Asked:
     for key, neutral in NEUTRAL.items():
         if values.get(key) is not None and values[key] not in neutral:
             raise BadRequest(f"{key} is not supported here", key)
+    for key in ELSEWHERE[is_chat]:
+        if values.get(key):
+            raise BadRequest(f"{key} is not supported at this address", key)
     for key, value in values.items():
         if value is not None and not (key in FOLLOWED or key in UNRELATED or key in NEUTRAL):
             raise BadRequest(f"{printable(key)[:60]} is not known here", key)
-    options = values.get("stream_options")
+    options = _of_kind(values, "stream_options", dict) or {}
     return Asked(
         messages=_messages(values.get("messages")) if is_chat else None,
         text=None if is_chat else _prompt(values.get("prompt")),
@@ -85,20 +90,19 @@ def read_request(body: Any, *, is_chat: bool) -> Asked:
         stops=_stops(values.get("stop")),
         tools=_tools(values) if is_chat else None,
         stream=bool(_of_kind(values, "stream", bool)),
-        with_usage=isinstance(options, dict) and bool(cast(dict[str, Any], options).get("include_usage")),
+        with_usage=bool(_of_kind(options, "include_usage", bool)),
     )
 
 
 def _sampling(values: Mapping[str, Any]) -> Sampling:
-    most = values.get("max_completion_tokens")
-    most = values.get("max_tokens") if most is None else most
+    most = "max_tokens" if values.get("max_completion_tokens") is None else "max_completion_tokens"
     seed = values.get("seed")
     try:
         return Sampling(
             temperature=_number(values, "temperature", 1.0),
             top_p=_number(values, "top_p", 1.0),
             top_k=_integer(values.get("top_k"), "top_k", 0),
-            max_tokens=_integer(most, "max_tokens", MOST_TOKENS),
+            max_tokens=_integer(values.get(most), most, MOST_TOKENS),
             seed=secrets.randbits(32) if seed is None else _integer(seed, "seed", 0),
         )
     except UsageError as error:
@@ -158,7 +162,10 @@ def _number(values: Mapping[str, Any], key: str, default: float) -> float:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadRequest(f"{key} must be a number", key)
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise BadRequest(f"{key} is too large", key) from None
 
 
 def _integer(value: Any, key: str, default: int) -> int:

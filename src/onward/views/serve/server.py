@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import sqlite3
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -131,7 +132,7 @@ class Following:
         problem = ""
         try:
             self.look()
-        except OnwardError as error:
+        except (OnwardError, sqlite3.Error, OSError) as error:
             problem = f"the newest commit cannot be loaded: {error}"
         if problem and problem != self._problem:
             self._said(problem)
@@ -142,6 +143,7 @@ class Following:
 
         Raises:
             OnwardError: it cannot be loaded; it is not tried again.
+            OSError, sqlite3.Error: the disk fails, or the ledger is busy.
         """
         mark = state_mark(self._layout)
         if mark == self._mark:
