@@ -21,28 +21,38 @@ pytest.importorskip("uvicorn")
 from onward.errors import ModelError, UsageError
 from onward.layout import RunLayout
 from onward.views.page import answering
-from onward.views.page.talking import Talker
+from onward.views.page.talking import MOST_TOKENS, MOST_TURNS, Talker, require_wish
 from onward.views.web.connections import incoming
 
 ANSWERS = """
 import json, os, sys
+cancelled = []
 for line in sys.stdin:
     wish = json.loads(line)
     if "cancel" in wish:
+        cancelled.append(wish["cancel"])
         continue
-    if wish["messages"][-1]["content"] == "die":
+    text = wish["messages"][-1]["content"]
+    if text == "die":
         sys.exit(1)
     print(json.dumps({"id": wish["id"], "text": "a piece"}), flush=True)
-    print(json.dumps({"id": wish["id"], "done": {"process": os.getpid()}}), flush=True)
+    done = {"process": os.getpid(), "cancelled": cancelled, "wish": wish}
+    if text != "wait":
+        print(json.dumps({"id": wish["id"], **({"error": "no"} if text == "fail" else {"done": done})}), flush=True)
 """
-"""A process that answers at once, with its number."""
+"""A process that answers at once, with its number, with what was cancelled, and with the wish."""
+
+
+async def told(talker: Talker, text: str, **values: Any) -> dict[str, Any]:
+    """Return what came of a question at its end."""
+    pieces = [piece async for piece in talker.ask({"messages": [{"role": "user", "content": text}], **values})]
+    assert [{"text": "a piece"}] == pieces[:-1]
+    return pieces[-1]
 
 
 async def asked(talker: Talker, text: str) -> Any:
-    """Return what came of a question."""
-    pieces = [piece async for piece in talker.ask({"messages": [{"role": "user", "content": text}]})]
-    assert [{"text": "a piece"}] == pieces[:-1]
-    return pieces[-1]["done"]["process"]
+    """Return the process that answered a question."""
+    return (await told(talker, text))["done"]["process"]
 
 
 def test_one_process_answers_all_and_another_where_it_died(tmp_path: Path) -> None:
@@ -62,6 +72,61 @@ def test_one_process_answers_all_and_another_where_it_died(tmp_path: Path) -> No
     assert both[0] == both[1] != another
 
 
+def test_an_answer_that_nobody_waits_for_is_cancelled(tmp_path: Path) -> None:
+    """A browser that goes away ends its answer, and no other; one that has its answer, or a failure, ends nothing."""
+
+    async def talk() -> tuple[dict[str, Any], dict[str, Any]]:
+        talker = Talker(RunLayout(tmp_path), (sys.executable, "-c", ANSWERS))
+        try:
+            await told(talker, "Hello")
+            leaves = talker.ask({"messages": [{"role": "user", "content": "wait"}]})
+            assert {"text": "a piece"} == await anext(leaves)
+            await leaves.aclose()
+            return await told(talker, "fail"), await told(talker, "Hello")
+        finally:
+            await talker.end()
+
+    failed, last = asyncio.run(talk())
+    assert ({"error": "no"}, [2]) == (failed, last["done"]["cancelled"])
+
+
+def test_the_process_ends_when_nobody_asks(tmp_path: Path) -> None:
+    """It frees its memory after a while without a question, but not while one is being answered."""
+
+    async def talk() -> tuple[Any, Any, Any]:
+        talker = Talker(RunLayout(tmp_path), (sys.executable, "-c", ANSWERS), idle=0.0)
+        try:
+            waits = talker.ask({"messages": [{"role": "user", "content": "wait"}]})
+            await anext(waits)
+            one = await asked(talker, "Hello")
+            await asyncio.sleep(0)  # what is due by now is done
+            same = await asked(talker, "Hello")
+            await waits.aclose()
+            for _ in range(3):
+                await asyncio.sleep(0)
+            return one, same, await asked(talker, "Hello")
+        finally:
+            await talker.end()
+
+    one, same, other = asyncio.run(talk())
+    assert one == same != other
+
+
+def test_what_is_wished_reaches_the_process_and_no_more(tmp_path: Path) -> None:
+    """Each setting does, up to its limits; what else a message says is left out."""
+    limits: list[dict[str, Any]] = [
+        {"temperature": 0, "max_tokens": 1, "seed": -(2**63), "at": "a.jsonl", "system": "Be brief."},
+        {"temperature": 100.0, "max_tokens": MOST_TOKENS, "seed": 2**63 - 1},
+        {"temperature": None, "at": None},
+    ]
+    turns = [{"role": "assistant", "content": "x", "name": "n"}] * (MOST_TURNS - 1)
+    wishes = [require_wish({"messages": [*turns, {"role": "user", "content": "y"}], **values}) for values in limits]
+    messages = [*[{"role": "assistant", "content": "x"}] * (MOST_TURNS - 1), {"role": "user", "content": "y"}]
+    assert [{**values, "messages": messages} for values in (*limits[:2], {})] == wishes
+    with pytest.raises(UsageError, match="messages must be 1 to"):
+        require_wish({"messages": [*turns, *turns[:1], {"role": "user", "content": "y"}]})
+
+
 def test_whatever_a_wish_does_the_next_one_is_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A wish that fails in an unforeseen way gets an error, and the process lives on."""
     wishes = [json.dumps({"id": number, "at": ["no name"]}) for number in (1, 2)]  # no such wish passes the page
@@ -79,7 +144,7 @@ def test_what_was_trained_again_answers_as_it_is_now(
     run = Run(copy_run(stream, tmp_path / "run"))
     wish = {"at": at, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1, "temperature": 0.0}
 
-    def told() -> Any:
+    def label() -> Any:
         until = time.monotonic() + 60
         while time.monotonic() < until:
             last = (capsys.readouterr().out.splitlines() or ["{}"])[-1]
@@ -92,11 +157,11 @@ def test_what_was_trained_again_answers_as_it_is_now(
 
     def wishes() -> Iterator[str]:
         yield json.dumps({"id": 1, **wish})
-        labels.append(told())
+        labels.append(label())
         run.rollback("step:3")
         run.train(tiny.write_jsonl(tmp_path / "d.jsonl", tiny.chat_rows(8, seed=9)))
         yield json.dumps({"id": 2, **wish})
-        labels.append(told())
+        labels.append(label())
 
     answering.Answering(run.layout).run(wishes())
     assert ["step 5, after file 3 (c.jsonl)", "step 5, after file 3 (d.jsonl)"] == labels

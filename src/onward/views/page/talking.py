@@ -34,11 +34,13 @@ class Talker:
 
     Args:
         command: starts the process; the run's directory is appended to it.
+        idle: seconds without a question after which it ends.
     """
 
-    def __init__(self, layout: RunLayout, command: Sequence[str] = COMMAND) -> None:
+    def __init__(self, layout: RunLayout, command: Sequence[str] = COMMAND, *, idle: float = IDLE_SECONDS) -> None:
         self._layout = layout
         self._command = command
+        self._idle = idle
         self._process: asyncio.subprocess.Process | None = None
         self._starting = asyncio.Lock()
         self._reading: asyncio.Task[None] | None = None
@@ -116,7 +118,7 @@ class Talker:
         loop = asyncio.get_running_loop()
         if self._rest is not None:
             self._rest.cancel()
-        self._rest = loop.call_later(IDLE_SECONDS, self._let_go)
+        self._rest = loop.call_later(self._idle, self._let_go)
 
     def _let_go(self) -> None:
         process = self._process
