@@ -80,6 +80,9 @@ def test_what_has_nothing_to_measure_costs_nothing_and_keeps_nothing_out(sample:
     one = measuring(Remembering(), Remembering(), 2)
     one.all_of_model([Subject("none", lambda: sample), FILES[2]])
     assert (["c"], 2) == (list(one.model_scores), one.cost)
+    some = measuring(Remembering(), Remembering(), 6)
+    some.all_of_model([subject("d", row(0, 2), row(0, 4, has_target=False))])
+    assert (["d"], 6) == (list(some.model_scores), some.cost)
 
 
 @pytest.mark.parametrize("turn", [0, 3, 13])

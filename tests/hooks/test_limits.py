@@ -38,9 +38,11 @@ def falling(count: int, start: float = 6.0, seed: int = 0) -> list[float]:
 
 def test_losses_on_earlier_files_are_judged_one_by_one() -> None:
     """Every earlier file beyond the limit is named, the worst first; others, and those not measured, are not."""
-    found = list(grown({1: 2.0, 2: 1.0, 3: 1.0, 4: 1.0}, {1: 2.1, 2: 1.5, 3: 1.2}, Limits(forgetting=0.1)))
-    assert [2, 3] == [finding.position for finding in found]
-    assert "loss on file 2 grew by 50%, from 1.0000 to 1.5000 (limit 10%)" == found[0].text
+    before, after = {1: 2.0, 2: 0.5, 3: 1.0, 4: 1.0, 5: 0.0, 6: 1.0}, {1: 2.1, 2: 0.6, 3: 1.5, 5: 0.0, 6: 0.5}
+    for base in (None, {}, {1: 1.0, 2: 0.25, 3: 2.0}):  # one that was better than the run says nothing
+        found = list(grown(before, after, Limits(forgetting=0.1), base))
+        assert [3, 2] == [finding.position for finding in found]
+        assert "loss on file 3 grew by 50%, from 1.0000 to 1.5000 (limit 10%)" == found[0].text
 
 
 def test_growth_is_held_against_what_was_gained_where_that_is_more() -> None:
@@ -52,6 +54,16 @@ def test_growth_is_held_against_what_was_gained_where_that_is_more() -> None:
     assert ["loss on file 3 grew by 25% of what it had gained over the base, from 2.5000 to 4.1500 (limit 10%)"] == [
         each.text for each in found
     ]
+
+
+def test_what_grew_from_nothing_grew_by_no_share() -> None:
+    """A file that was known by heart, to the last bit, is judged by what it had gained over the base, or not at all."""
+    limits = Limits(forgetting=0.1)
+    assert [] == list(grown({1: 0.0}, {1: 0.5}, limits))
+    texts = [found.text for found in grown({1: 0.0}, {1: 0.5}, limits, {1: 2.0})]
+    assert [
+        "loss on file 1 grew by 25% of what it had gained over the base, from 0.0000 to 0.5000 (limit 10%)"
+    ] == texts
 
 
 def test_the_distance_from_the_base_is_judged_by_its_growth() -> None:

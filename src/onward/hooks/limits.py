@@ -70,9 +70,9 @@ def grown(
     """
     if limits.forgetting is None:
         return
-    gained = {position: max(0.0, loss - before[position]) for position, loss in (base or {}).items()}
-    whole = {position: max(before[position], gained.get(position, 0.0)) for position in before if after.get(position)}
-    growth = {position: (after[position] - before[position]) / whole[position] for position in whole}
+    gained = {position: loss - before[position] for position, loss in (base or {}).items()}
+    whole = {position: max(before[position], gained.get(position, 0.0)) for position in before if position in after}
+    growth = {position: (after[position] - before[position]) / loss for position, loss in whole.items() if loss > 0}
     for position, share in sorted(growth.items(), key=lambda pair: -pair[1]):
         if share > limits.forgetting:
             change = f"{before[position]:.4f} to {after[position]:.4f}"
