@@ -39,11 +39,25 @@ class Outcome:
         return json.loads(self.out)
 
 
-def onward(*arguments: object) -> Outcome:
-    """Run the command line in this process, without a terminal; an exception that escapes fails the test."""
+class Typed(io.TextIOWrapper):
+    """What somebody types on a terminal; lone surrogates are bytes that are not UTF-8."""
+
+    def __init__(self, typed: str) -> None:
+        super().__init__(io.BytesIO(typed.encode(errors="surrogateescape")), encoding="utf-8")
+
+    def isatty(self) -> bool:
+        return True
+
+
+def onward(*arguments: object, typed: str | None = None) -> Outcome:
+    """Run the command line in this process; an exception that escapes fails the test.
+
+    Args:
+        typed: what is typed on a terminal; None if there is no terminal.
+    """
     out, err = io.StringIO(), io.StringIO()
     argv, stdin = sys.argv, sys.stdin
-    sys.argv, sys.stdin = ["onward", *map(str, arguments)], io.StringIO()
+    sys.argv, sys.stdin = ["onward", *map(str, arguments)], io.StringIO() if typed is None else Typed(typed)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             cli.main()

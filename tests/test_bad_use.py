@@ -49,6 +49,27 @@ def test_bad_use_is_refused(
 
 @pytest.mark.parametrize(
     "command",
+    [["rollback", "--to", "step-0"], ["rebuild", "--without", "1"], ["reset", "--json"]],
+    ids=lambda words: words[0],
+)
+@pytest.mark.parametrize("typed", ["n\n", "\n", "yesterday\n", "", "\udcff\n"])
+def test_what_destroys_asks_on_a_terminal(command: list[str], typed: str, untouched: Path) -> None:
+    """The question names the run; without a yes nothing happens, and stdout stays empty for what a result would be."""
+    assert_refused(onward(*command, "--run", untouched, typed=typed), 1, str(untouched), "[y/N]: ", "interrupted")
+
+
+@pytest.mark.parametrize("typed", ["y\n", " YES \n"])
+def test_a_yes_is_enough(run: Path, tmp_path: Path, typed: str) -> None:
+    """Question and result do not mix: stdout has the result alone."""
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    outcome = onward("rollback", "--to", "step-0", "--json", "--run", copy, typed=typed)
+    assert (0, "{") == (outcome.status, outcome.out[:1])
+    assert 0 == outcome.json["global_step"]
+    assert outcome.err.startswith("go back to step-0 and undo every later file of ")
+
+
+@pytest.mark.parametrize(
+    "command",
     [
         ["train"],
         ["add", "x.jsonl"],

@@ -89,7 +89,8 @@ def test_a_key_of_openai_s_is_harmless_or_refused_by_its_name(key: str, ask: Any
     for value in NEUTRAL.get(key, ()):
         assert plain == ask(seed=1, **{key: value})
     if key in NEUTRAL:
-        for value in (2, "x", ["x"], {"x": 1}):
+        opposites = [not value for value in NEUTRAL[key] if isinstance(value, bool)]
+        for value in (2, "x", ["x"], {"x": 1}, *opposites):
             assert (key, f"{key} is not supported here") == refused(ask, **{key: value})
     elif key in UNRELATED:
         assert plain == ask(seed=1, **{key: "x"})
@@ -98,7 +99,8 @@ def test_a_key_of_openai_s_is_harmless_or_refused_by_its_name(key: str, ask: Any
 
 
 def test_what_the_other_address_follows_is_refused() -> None:
-    """A text has no tools, and a chat continues no text; what is empty says nothing."""
+    """A text has no tools, and a chat continues no text; what is empty says nothing, and so does what is null."""
+    assert chat(seed=1) == chat(seed=1, min_p=None)
     assert ("prompt", "prompt is not supported at this address") == refused(chat, prompt="x")
     for key, value in (("messages", MESSAGES), ("tools", [{}])):
         assert (key, f"{key} is not supported at this address") == refused(completion, **{key: value})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,7 @@ from onward import startup
 from onward.cli.options import JsonOption, RunOption, YesOption, completer
 from onward.cli.output import say_stopped, show
 from onward.errors import UsageError
-from onward.terminal import say
+from onward.terminal import say, write
 from onward.text import how_many, printable, quoted
 
 
@@ -97,14 +98,26 @@ def reset(run: RunOption = Path(), yes: YesOption = False, as_json: JsonOption =
 
 
 def ask(question: str, yes: bool) -> None:
-    """Ask before something is destroyed."""
+    """Ask before something is destroyed.
+
+    Raises:
+        UsageError: there is nobody to ask.
+        Abort: the answer is not yes.
+    """
     if yes:
         return
     if not sys.stdin.isatty():
         raise UsageError(
             "this destroys state, and there is no terminal on which to ask", hint="Give --yes if you mean it."
         )
-    typer.confirm(question, abort=True, err=True)
+    write(sys.stderr, f"{question} [y/N]: ")  # `typer.confirm` writes to stdout, too, which is for results
+    typed = ""
+    with contextlib.suppress(UnicodeDecodeError):
+        typed = sys.stdin.readline()
+    if not typed.endswith("\n"):
+        write(sys.stderr, "\n")
+    if typed.strip().lower() not in ("y", "yes"):
+        raise typer.Abort
 
 
 def _names(names: list[str]) -> str:
