@@ -166,6 +166,21 @@ def test_a_length_that_the_model_has_not_learned_is_refused_by_init(tmp_path: Pa
     assert 0 == onward(*words, "--set", "max_length=64").status
 
 
+def test_what_stands_in_a_directory_is_not_made_over(run: Path, model: Path, tmp_path: Path) -> None:
+    """A model without its ledger, and a config that somebody wrote, stay as they are, and the way out is named."""
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    for path in copy.glob("ledger.sqlite3*"):
+        path.unlink()
+    assert_refused(onward("init", copy), 2, "a model without its ledger", "onward adopt", f"{copy}/current_model")
+    written = tmp_path / "new" / "onward.yaml"
+    written.parent.mkdir()
+    written.write_text(f"model: {model}\nbatch_size: 3\nlora: {{use_dora: true}}\n")
+    assert_refused(onward("init", written.parent, "--set", "seed=1"), 2, "already a config", str(written), "Leave the")
+    assert [written] == list(written.parent.iterdir())
+    made = onward("init", written.parent, "--later", "--json")
+    assert (0, 3, True) == (made.status, made.json["config"]["batch_size"], "slower than Onward's" in made.err)
+
+
 @pytest.mark.parametrize("text", ["", "{}", "no JSON"])
 def test_a_tokenizer_that_cannot_be_used_is_refused_by_init(text: str, model: Path, tmp_path: Path) -> None:
     """A base without a usable tokenizer is wrong usage, named by its folder, and nothing is made."""

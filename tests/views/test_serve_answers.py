@@ -33,15 +33,21 @@ class Told:
         self.items, self.refuses = items, refuses
         self.replies: list[Reply] = []
 
-    def reply(self, *_: Any, **__: Any) -> Reply:
+    def reply(self, messages: list[Any], *_: Any, **__: Any) -> Reply:
+        assert [{"role": "user", "content": "x"}] == messages
+        return self._answer()
+
+    def go_on(self, text: str, *_: Any, **__: Any) -> Reply:
+        assert "x" == text
+        return self._answer()
+
+    def _answer(self) -> Reply:
         if self.refuses is not None:
             raise self.refuses
         self.replies.append(reply := Reply())
         for item in self.items:
             reply.put(item)
         return reply
-
-    go_on = reply
 
 
 @dataclass
@@ -125,6 +131,7 @@ def test_the_model_is_described() -> None:
         key: listed[key] for key in ("object", "owned_by", "id", "step")
     }
     assert listed == {**ask(service(), "/v1/models/my run").json, "created": listed["created"]}
+    assert 401 == ask(service(key="secret"), "/v1/models/gpt").status  # strangers do not learn its name
     other = ask(service(), "/v1/models/gpt")
     assert (404, "there is no such model; the model here is my run") == (other.status, other.json["error"]["message"])
 
