@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import io
+import itertools
 import json
 import pydoc
 from pathlib import Path
@@ -86,11 +87,26 @@ def test_metrics_can_be_thinned(layout: RunLayout) -> None:
     assert [1, 5] == [row["step"] for row in thinned]
 
 
+def test_a_picture_of_the_grid_leaves_stdout_to_what_is_asked_for(layout: RunLayout, tmp_path: Path) -> None:
+    """Alone it prints nothing there; beside JSON or CSV, that is all; without it the grid is shown."""
+    picture = tmp_path / "grid.svg"
+    alone, values, table = (
+        onward("grid", "--svg", picture, *more, "--run", layout.root) for more in ((), ("--json",), ("--csv",))
+    )
+    assert [f"wrote {picture}\n"] * 3 == [outcome.err for outcome in (alone, values, table)]
+    assert ("", "after") == (alone.out, next(csv.reader(io.StringIO(table.out)))[0])
+    assert onward("grid", "--json", "--run", layout.root).json == values.json
+    shown = onward("grid", "--run", layout.root)
+    assert (True, "") == (bool(shown.out), shown.err)
+
+
 def test_wrong_uses_are_refused(layout: RunLayout, tmp_path: Path) -> None:
     """Two formats at once, an interval below 1, a place that cannot be written, a directory without a run."""
-    assert_refused(onward("metrics", "--csv", "--json", "--run", layout.root), 2, "only one format can be given")
+    for one, other in itertools.combinations(("--csv", "--json", "--parquet"), 2):
+        assert_refused(onward("metrics", one, other, "--run", layout.root), 2, "only one format can be given")
     assert 2 == onward("metrics", "--every", 0, "--run", layout.root).status
-    assert_refused(onward("metrics", "-o", tmp_path / "no" / "x.csv", "--run", layout.root), 2, "cannot write it")
+    for words in (("metrics", "-o"), ("metrics", "--json", "-o"), ("metrics", "--parquet", "-o"), ("grid", "--svg")):
+        assert_refused(onward(*words, tmp_path / "no" / "x", "--run", layout.root), 2, "cannot write it", "no/x")
     assert_refused(onward("metrics", "--run", tmp_path), 2, "there is no run in this directory")
     assert_refused(onward("plot", tmp_path / "x.gif", "--run", layout.root), 2, "svg, png, pdf")
     empty = made_up_run(tmp_path / "empty", [], float)

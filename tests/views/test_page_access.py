@@ -75,7 +75,18 @@ def test_hosts() -> None:
     ours = ("localhost", "LOCALHOST:9", "localhost.localdomain", "127.0.0.1:80", "[::1]:80", "gpu.lan", "[fd00::1]")
     for host in ours:
         assert local.know(host), host
-    for host in ("", "10.0.0.5", "localhost.evil", "127.0.0.1:x", "a/b", "[::1", "0x7f.1", "localhost#", "localhost?a"):
+    for host in (
+        "",
+        "10.0.0.5",
+        "localhost.evil",
+        "127.0.0.1:x",
+        "a/b",
+        "[::1",
+        "0x7f.1",
+        "localhost#",
+        "localhost?a",
+        "me@localhost",
+    ):
         assert not local.know(host), host
     assert wide.know("10.0.0.5:8017")
     assert not wide.know("evil.example")
