@@ -59,9 +59,9 @@ def write_model(folder: Path, target: Path, kind: str, converters: Path) -> None
     if kind in DIRECT:
         _run(converters / MODEL, folder, "--outfile", target, "--outtype", DIRECT[kind])
         return
-    wide = target.with_name(f"{target.name}.f32")
+    wide, quantizer = target.with_name(f"{target.name}.f32"), _quantizer(converters)
     _run(converters / MODEL, folder, "--outfile", wide, "--outtype", "f32")
-    _call([_quantizer(converters), str(wide), str(target), kind])
+    _call([quantizer, str(wide), str(target), kind], QUANTIZER, "--quantize q8_0 needs no other program.")
     wide.unlink()
 
 
@@ -104,18 +104,24 @@ def _quantizer(folder: Path) -> str:
 
 
 def _run(script: Path, *arguments: object) -> None:
-    _call([sys.executable, str(script), *map(str, arguments)])
+    hint = f"Export the merged model, and see what the converter says: {quoted(script.name)} FOLDER"
+    _call([sys.executable, str(script), *map(str, arguments)], script.name, hint)
 
 
-def _call(words: list[str]) -> None:
-    """Run a program without network access; its last output says why it failed."""
+def _call(words: list[str], name: str, hint: str) -> None:
+    """Run a program without network access; its last output says why it failed.
+
+    Args:
+        name: of the program, for the error.
+        hint: what to do then.
+
+    Raises:
+        OnwardError: it failed.
+    """
     quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
     done = subprocess.run(
         words, env=quiet, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
     )
     if done.returncode:
         last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it gave no reason")
-        raise OnwardError(
-            f"llama.cpp's {Path(words[1] if len(words) > 2 else words[0]).name} refuses: {last}",
-            hint=f"Export the merged model, and see what the converter says: {quoted(Path(words[1]).name)} FOLDER",
-        )
+        raise OnwardError(f"llama.cpp's {name} refuses: {last}", hint=hint)
