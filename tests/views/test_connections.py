@@ -1,0 +1,144 @@
+"""When a server ends connections, by messages and signals as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Iterator, MutableMapping
+from typing import Any
+
+import pytest
+
+pytest.importorskip("uvicorn")
+
+import uvicorn
+
+from onward.views.web.connections import ReadToEnd, Server
+from onward.views.web.listening import listen
+
+Message = MutableMapping[str, Any]
+START: Message = {"type": "http.response.start", "status": 400, "headers": []}
+BODIES = {"content-length": "6"}, {"transfer-encoding": "chunked"}, {"content-length": "6", "expect": "something"}
+NONE = {}, {"content-length": "0"}, {"content-length": "6", "expect": "100-Continue"}
+
+
+def pieces(count: int) -> Iterator[Message]:
+    """The body of a request in pieces."""
+    return ({"type": "http.request", "body": b"ab", "more_body": number < count} for number in range(1, count + 1))
+
+
+def happened(headers: dict[str, str], count: int, read: int, *answer: Message) -> list[Any]:
+    """Return what happens, in order, if an application reads so many pieces of a body and answers."""
+    found: list[Any] = []
+    coming = pieces(count)
+
+    async def receive() -> Message:
+        found.append("read")
+        return next(coming)
+
+    async def send(message: Message) -> None:
+        found.append(dict(message))
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        for _ in range(read):
+            await receive()
+        for message in answer:
+            await send(message)
+
+    scope = {"type": "http", "headers": [(name.encode(), value.encode()) for name, value in headers.items()]}
+    asyncio.run(ReadToEnd(app)(scope, receive, send))
+    return found
+
+
+def body(text: bytes, *, more: bool) -> Message:
+    """A piece of an answer."""
+    return {"type": "http.response.body", "body": text, "more_body": more}
+
+
+END: Message = {"type": "http.response.body"}
+
+
+@pytest.mark.parametrize("headers", BODIES)
+@pytest.mark.parametrize("read", [0, 1, 2])
+def test_an_answer_ends_when_its_request_has_come(headers: dict[str, str], read: int) -> None:
+    """All of it is sent at once; only its end is held back until the rest of the request was read."""
+    answer = (START, body(b"x", more=True), body(b"y", more=False))
+    told = [START, body(b"x", more=True), body(b"y", more=True)]
+    assert ["read"] * read + told + ["read"] * (3 - read) + [END] == happened(headers, 3, read, *answer)
+    assert ["read"] * read + [START, body(b"", more=True)] + ["read"] * (3 - read) + [END] == happened(
+        headers, 3, read, START, {**END, "body": b""}
+    )
+
+
+@pytest.mark.parametrize("headers", BODIES)
+def test_an_answer_to_all_of_a_request_is_as_it_is(headers: dict[str, str]) -> None:
+    """Nothing more is read, and nothing is sent twice."""
+    answer = (START, body(b"x", more=True), body(b"y", more=False))
+    assert ["read"] * 3 + list(answer) == happened(headers, 3, 3, *answer)
+
+
+@pytest.mark.parametrize("headers", NONE)
+def test_what_is_not_sent_unasked_is_not_waited_for(headers: dict[str, str]) -> None:
+    """A request without a body, and one whose sender waits to be told that it may come."""
+    answer = (START, body(b"y", more=False))
+    assert list(answer) == happened(headers, 1, 0, *answer)
+
+
+@pytest.fixture
+def server() -> Server:
+    """A server that listens nowhere."""
+    return Server(uvicorn.Config(lambda: None, log_config=None))
+
+
+def test_every_signal_that_ends_a_command_ends_a_server(server: Server) -> None:
+    """While it runs, those that were handled are its own; what was ignored, or nobody's, stays that."""
+    numbers = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+    def mine(*_: object) -> None: ...
+
+    before = [signal.signal(number, way) for number, way in zip(numbers, (mine, mine, signal.SIG_IGN), strict=True)]
+    try:
+        with server.capture_signals():
+            assert [server.handle_exit, server.handle_exit, signal.SIG_IGN] == [*map(signal.getsignal, numbers)]
+        assert [mine, mine, signal.SIG_IGN] == [*map(signal.getsignal, numbers)]
+        found: list[Any] = []
+
+        def elsewhere() -> None:
+            with server.capture_signals():
+                found.extend(map(signal.getsignal, numbers))
+
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        assert [mine, mine, signal.SIG_IGN] == found
+    finally:
+        for number, way in zip(numbers, before, strict=True):
+            signal.signal(number, way)
+
+
+def test_what_the_end_cuts_off_is_no_trouble(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    """Errors are printed, but not that answers ended with the server."""
+    log = logging.getLogger("uvicorn.error")
+    log.error("trouble")
+    log.error("Cancel 3 running task(s), timeout graceful shutdown exceeded")
+    for error in (asyncio.CancelledError(), ValueError("x")):
+        try:
+            raise error
+        except (asyncio.CancelledError, ValueError):
+            log.exception("Exception in ASGI application")
+    assert ["trouble", "Exception in ASGI application"] == [record.message for record in caplog.records]
+    assert server.should_exit is False
+
+
+def test_a_server_that_starts_again_has_its_port_at_once() -> None:
+    """Whoever connects before the first answer waits in line; a port whose connections just ended is free."""
+    with listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()) as client:
+        served, _ = listening.accept()
+        served.close()  # who closes first keeps the port for a while
+        assert b"" == client.recv(1)
+        port = listening.getsockname()[1]
+    with listen("127.0.0.1", port) as again:
+        assert port == again.getsockname()[1]
