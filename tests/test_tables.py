@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from onward.cli.tables import print_history, status_lines
+from onward.cli.tables import print_history, status_lines, watch_status
 from onward.progress import NAME_WIDTH
 from onward.store.rows import EventRow
 
@@ -75,3 +75,17 @@ def test_a_status_is_a_screen_of_lines() -> None:
         r"01-02 00:00:00  warning a b\x1b",
     ] == status_lines(values, [event])
     assert "doing              waiting" in status_lines({**values, "doing": "waiting"}, [])
+
+
+def test_a_status_is_shown_again_and_again(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is read last stays on the screen when the one who watches has seen enough; nothing in it is markup."""
+    screens = iter((["step 1"], ["step 1"], ["step 2"], ["[red]step 3[/red]", "loss 2.5"]))
+
+    def read() -> list[str]:
+        for screen in screens:
+            return screen
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        watch_status(read, 0.0)
+    assert ["[red]step 3[/red]", "loss 2.5"] == capsys.readouterr().out.splitlines()[-2:]

@@ -1,0 +1,46 @@
+"""Which options of an export go together."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from onward.errors import UsageError
+from onward.views.export import gguf
+from onward.views.export.export import DTYPES, FORMATS, Wanted
+
+QUANTIZED = (None, "f16", "q8_0", "q4_k_m", "float16")
+
+
+@pytest.mark.parametrize("file_format", [None, *FORMATS])
+def test_options_go_together_or_are_refused(file_format: str | None, tmp_path: Path) -> None:
+    """How weights are stored is said once: by a type, or for GGUF by a kind; each kind is one that can be written."""
+    for dtype, quantize in itertools.product((None, *DTYPES), QUANTIZED):
+        wanted = Wanted(tmp_path / "out", file_format, dtype=dtype, quantize=quantize)
+        is_possible = quantize is None or (file_format in ("gguf", "ollama") and dtype is None)
+        if is_possible:
+            wanted.require_possible()
+            assert (quantize or dtype or "f16") == wanted.kind
+            assert wanted.kind in (*gguf.DIRECT, *gguf.K_QUANTS)
+        else:
+            with pytest.raises(UsageError, match="in place of --dtype"):
+                wanted.require_possible()
+
+
+def test_only_gguf_is_a_single_file(tmp_path: Path) -> None:
+    """And only under a name that says so."""
+    names = itertools.product((None, *FORMATS), ("out", "out.gguf", "out.GGUF"))
+    found = [(each, name) for each, name in names if Wanted(tmp_path / name, each).is_file]
+    assert [("gguf", "out.gguf")] == found
+
+
+def test_whatever_has_the_name_is_in_the_way(tmp_path: Path) -> None:
+    """A file, a folder, and a link to something that is gone."""
+    for make in (Path.touch, Path.mkdir, lambda path: path.symlink_to("gone")):
+        target = tmp_path / "out"
+        make(target)
+        with pytest.raises(UsageError, match="nothing is written over it"):
+            Wanted(target).require_possible()
+        target.rmdir() if target.is_dir() else target.unlink()
