@@ -187,7 +187,9 @@ def proof_of(checks: Mapping[str, bool]) -> str:
 
 
 def _config(layout: RunLayout) -> str:
+    """Return the config as YAML, without what is about this machine: files are named by their last part."""
     values = read_config(layout.config).recorded()
+    values["evaluation"]["files"] = [Path(name).name for name in values["evaluation"]["files"]]
     return yaml.safe_dump({key: value for key, value in values.items() if key not in _LEFT_OUT}, sort_keys=False)
 
 
