@@ -9,6 +9,7 @@ import sqlite3
 import threading
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import quote
 
 import pytest
 
@@ -67,7 +68,7 @@ def test_an_error_has_the_status_of_its_kind(error: type[OnwardError], status: i
 
 def test_a_machine_that_fails_is_said_to_be_busy() -> None:
     """It may be asked again, and what is shown can be printed."""
-    for error in (sqlite3.OperationalError("database is locked"), OSError(5, "Input/output error", "a\x1b[2J")):
+    for error in (sqlite3.OperationalError("no such table: a\x1b[2J"), OSError(5, "Input/output error", "a\x1b[2J")):
         answer = asyncio.run(machine_error(request(), error))
         told = json.loads(bytes(answer.body))
         assert (503, True, True) == (answer.status_code, "doctor" in told["hint"], told["error"].isprintable())
@@ -88,7 +89,7 @@ def test_a_folder_that_cannot_be_read_is_the_machine_s_failure(tmp_path: Path) -
 def test_a_number_is_written_in_digits_and_not_too_small(text: str) -> None:
     """Anything else is refused by the name of the key."""
     with pytest.raises(UsageError) as refused:
-        number(request(f"every={text.replace('+', '%2B')}"), "every", least=3)
+        number(request(f"every={quote(text)}"), "every", least=3)
     assert ("every", True) == (refused.value.where, refused.value.what.startswith("every must be a number from 3 up"))
 
 
@@ -112,6 +113,7 @@ def test_a_body_is_an_object_with_known_keys() -> None:
         (b"x", "body", "no JSON"), (b"\xff", "body", "no JSON"), (b"[" * 50_000, "body", "no JSON"),
         (b"[]", "body", "no JSON object"), (b"null", "body", "no JSON object"), (b'"x"', "body", "no JSON object"),
         (b"{}".ljust(BODY_BYTES + 1), "body", f"more than {BODY_BYTES} bytes"), (b'{"To": 1}', "To", "by this name"),
+        (b'{"to\\u001b": 1}', r"to\x1b", "by this name"),
     ):  # fmt: skip
         with pytest.raises(UsageError) as refused:
             read(body)
@@ -173,6 +175,20 @@ def test_every_run_has_a_name_of_its_own(tmp_path: Path) -> None:
     found = find_runs([tmp_path / str(place) for place in range(len(names) + 1)])
     assert ["x", "x-2", "run", "run-2", "run-3", "a-b", "a_b.c", "x-3"] == [run.name for run in found]
     assert [*names, "x"] == [run.title for run in found]
+
+
+def test_runs_are_found_where_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run once, however it is reached; in a folder of runs, those; what is neither is refused."""
+    run = made_up_run(tmp_path / "a\x1b", [], float).root
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(run)
+    monkeypatch.chdir(run)
+    (found,) = find_runs([Path(), run, tmp_path / "link", tmp_path])
+    assert r"a\x1b" == found.title
+    for place in ("empty", "gone", "file"):
+        with pytest.raises(UsageError, match="no run in this directory"):
+            find_runs([run, tmp_path / place])
 
 
 def test_long_runs_are_added_up_when_the_page_starts() -> None:
