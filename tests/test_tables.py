@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from onward.cli.tables import print_history, status_lines, watch_status
+from onward.cli.tables import print_history, print_status, status_lines, watch_status
 from onward.progress import NAME_WIDTH
 from onward.store.rows import EventRow
 
@@ -24,13 +24,15 @@ UNTRAINED: dict[str, Any] = {
 def test_a_history_is_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     """Numbers are on the right, words on the left; held-out and replayed rows are told; what is not there is blank."""
     told = {**DONE, "position": 10, "rows_held_out": 2, "rows_replayed": 3, "last_step": 11}
-    print_history([DONE, told, UNTRAINED])
+    begun = {**DONE, **{key: None for key in DONE if key.startswith("last_")}, "state": "queued"}
+    print_history([DONE, told, UNTRAINED, begun])
     out = capsys.readouterr()
     assert [
         "file  name     state             rows  trained  steps              loss     learning rate  handover  seconds",
         "   1  a.jsonl  done                 8        8    1-2  2.5000 -> 1.2500  0.0001 -> 0.0002  bitwise       0.3",
         "  10  a.jsonl  done    8 (2 held out)    8 + 3   1-11  2.5000 -> 1.2500  0.0001 -> 0.0002  bitwise       0.3",
         "   -  b.jsonl  queued              12        0                                                           0.0",
+        "   1  a.jsonl  queued               8        8                                             bitwise       0.3",
     ] == [line.rstrip() for line in out.out.splitlines()]
     assert "" == out.err
 
@@ -54,7 +56,7 @@ def test_a_long_name_is_cut_by_its_columns(name: str, shown: str, capsys: pytest
     assert title.index("state") == line.index("done") + wide
 
 
-def test_a_status_is_a_screen_of_lines() -> None:
+def test_a_status_is_a_screen_of_lines(capsys: pytest.CaptureFixture[str]) -> None:
     """Each value that is there, in units for people; an event is one line; what the state says is not said twice."""
     midnight = time.mktime((1970, 1, 2, 0, 0, 0, 0, 0, -1))
     values = {
@@ -74,6 +76,8 @@ def test_a_status_is_a_screen_of_lines() -> None:
         "heartbeat          2 s ago",
         r"01-02 00:00:00  warning a b\x1b",
     ] == status_lines(values, [event])
+    print_status(values, [event])
+    assert status_lines(values, [event]) == capsys.readouterr().out.splitlines()
     assert "doing              waiting" in status_lines({**values, "doing": "waiting"}, [])
 
 

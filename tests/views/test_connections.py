@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator, MutableMapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ pytest.importorskip("uvicorn")
 
 import uvicorn
 
-from onward.views.web.connections import ReadToEnd, Server
+from onward.views.web.connections import MOST_QUIET, ReadToEnd, Server
 from onward.views.web.listening import listen
 
 Message = MutableMapping[str, Any]
@@ -27,7 +28,8 @@ NONE = {}, {"content-length": "0"}, {"content-length": "6", "expect": "100-Conti
 
 def pieces(count: int) -> Iterator[Message]:
     """The body of a request in pieces."""
-    return ({"type": "http.request", "body": b"ab", "more_body": number < count} for number in range(1, count + 1))
+    yield from ({"type": "http.request", "body": b"ab", "more_body": True} for _ in range(count - 1))
+    yield {"type": "http.request", "body": b"ab"}
 
 
 def happened(headers: dict[str, str], count: int, read: int, *answer: Message) -> list[Any]:
@@ -87,6 +89,63 @@ def test_what_is_not_sent_unasked_is_not_waited_for(headers: dict[str, str]) -> 
     assert list(answer) == happened(headers, 1, 0, *answer)
 
 
+def test_what_is_no_request_passes() -> None:
+    """The server's start and end have no headers."""
+    came: list[str] = []
+
+    async def app(scope: Any, *_: Any) -> None:
+        came.append(scope["type"])
+
+    nothing: Any = None
+    asyncio.run(ReadToEnd(app)({"type": "lifespan"}, nothing, nothing))
+    assert ["lifespan"] == came
+
+
+class Connection:
+    """A connection, with the request that is or was answered on it, and what became of it."""
+
+    def __init__(self, *, answered: bool | None) -> None:
+        self.cycle: Any = None if answered is None else SimpleNamespace(response_complete=answered)
+        self.ended: list[str] = []
+        self.transport = SimpleNamespace(
+            close=lambda: self.ended.append("close"), abort=lambda: self.ended.append("abort")
+        )
+
+
+def test_a_connection_waits_so_long_for_a_request() -> None:
+    """From its beginning, or from its last answer, but not while one is being given; the deaf are cut off later."""
+    now = 0.0
+    server = Server(uvicorn.Config(lambda: None, log_config=None), head_seconds=10.0, clock=lambda: now)
+    new, after, during, busy = (Connection(answered=each) for each in (None, True, False, True))
+    server.server_state.connections = {new, after, during, busy}  # type: ignore[arg-type]
+    seen: list[tuple[float, list[list[str]]]] = []
+    for now in (0.0, 10.0, 10.5, 20.0, 20.5):
+        if now == 10.0:
+            busy.cycle = SimpleNamespace(response_complete=True)  # another request, and its answer
+        asyncio.run(server.on_tick(1))
+        seen.append((now, [list(each.ended) for each in (new, after, during, busy)]))
+    nothing, closed = [[], [], [], []], [["close"], ["close"], [], []]
+    later = ["close", "close"]
+    assert [
+        (0.0, nothing), (10.0, nothing), (10.5, closed), (20.0, [later, later, [], []]),
+        (20.5, [[*later, "abort"], [*later, "abort"], [], ["close"]]),
+    ] == seen  # fmt: skip
+
+
+def test_of_too_many_that_wait_the_oldest_go() -> None:
+    """Each that is one too many ends the one that has waited longest."""
+    now = 0
+    server = Server(uvicorn.Config(lambda: None, log_config=None), head_seconds=1e9, clock=lambda: now)
+    waiting: list[Connection] = []
+    for now in range(MOST_QUIET + 3):
+        waiting.append(Connection(answered=None))
+        server.server_state.connections = set(waiting)  # type: ignore[arg-type]
+        asyncio.run(server.on_tick(1))
+        ended = [each for each in waiting if each.ended]
+        assert waiting[: len(ended)] == ended
+        assert max(0, now + 1 - MOST_QUIET) == len(ended)
+
+
 @pytest.fixture
 def server() -> Server:
     """A server that listens nowhere."""
@@ -95,7 +154,7 @@ def server() -> Server:
 
 def test_every_signal_that_ends_a_command_ends_a_server(server: Server) -> None:
     """While it runs, those that were handled are its own; what was ignored, or nobody's, stays that."""
-    numbers = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    numbers = (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)
 
     def mine(*_: object) -> None: ...
 

@@ -23,7 +23,6 @@ from starlette.requests import Request
 from onward import errors
 from onward.errors import OnwardError, UsageError
 from onward.service.shown import DOING
-from onward.views.page import control
 from onward.views.page.access import Key
 from onward.views.page.answers import BODY_BYTES, as_json, machine_error, number, onward_error, wanted
 from onward.views.page.middleware import RequireAccess
@@ -118,16 +117,6 @@ def test_a_body_is_an_object_with_known_keys() -> None:
         with pytest.raises(UsageError) as refused:
             read(body)
         assert (where, True) == (refused.value.where, words in refused.value.what)
-
-
-def test_what_a_command_refuses_is_refused_in_its_words(tmp_path: Path) -> None:
-    """A way back that there is not: the command's error, with its hint, of the kind that its exit status says."""
-    layout = made_up_run(tmp_path / "run", [("a.jsonl", 1)], float)
-    with pytest.raises(UsageError) as refused:
-        control.rollback(layout, {"to": "--gone"})
-    assert refused.value.what.startswith("'--gone' is neither a finished file")
-    assert refused.value.hint
-    assert "onward:" not in str(refused.value)
 
 
 def test_metrics_are_in_prometheus_text_format() -> None:

@@ -568,9 +568,10 @@ def test_what_needs_a_still_state_says_so(page: Page, made: RunLayout) -> None:
     """Proof and going back are commands in processes of their own; what they refuse is answered in their words."""
     with RunLock(made.lock):
         held = page.post("/api/verify")
-        back = page.post("/api/rollback", {"to": "--help", "requeue": True})
-    assert (409, 409) == (held.status, back.status)
-    assert "another process" in held.json["error"]
+    assert (409, True) == (held.status, held.json["error"].startswith("another process owns this run"))
+    back = page.post("/api/rollback", {"to": "--help", "requeue": True})
+    assert (400, True) == (back.status, back.json["error"].startswith("'--help' is neither a finished file"))
+    assert back.json["hint"]
 
 
 @pytest.mark.parametrize(

@@ -80,3 +80,19 @@ def test_a_name_may_have_as_many_bytes_as_a_file_system_takes() -> None:
     assert longest == require_name(longest)
     with pytest.raises(BadName, match="longer than"):
         require_name(f"x{longest}")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        *((name, "not a plain file name") for name in ("", ".", "..", "a/b", "a\\b", "a\0b", "/")),
+        *((name, "cannot be printed") for name in ("a\nb", "\u202ea", "\ud800")),
+        *((name, "the inbox ignores") for name in (".a", "a.part", "a.TMP", "a~")),
+        *((name, "name of a folder") for name in ("high", "normal", "low")),
+    ],
+)  # fmt: skip
+def test_a_name_that_the_inbox_cannot_have_is_refused(name: str, words: str) -> None:
+    """It leads elsewhere, hides something, or would lie there for ever; the words can be printed."""
+    with pytest.raises(BadName) as refused:
+        require_name(name)
+    assert (True, True) == (words in refused.value.what, (refused.value.where or "").isprintable())

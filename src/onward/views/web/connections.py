@@ -12,7 +12,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Generator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,12 +56,20 @@ class Server(uvicorn.Server):
     Args:
         config: uvicorn's config.
         head_seconds: seconds in which a request's head has to come.
+        clock: seconds since any fixed time.
     """
 
-    def __init__(self, config: uvicorn.Config, *, head_seconds: float = HEAD_SECONDS) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        *,
+        head_seconds: float = HEAD_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         super().__init__(config)
         logging.getLogger("uvicorn.error").addFilter(_tells_of_trouble)
         self._head_seconds = head_seconds
+        self._clock = clock
         self._quiet: dict[Any, _Quiet] = {}
 
     @contextlib.contextmanager
@@ -85,7 +93,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     def _close_quiet(self) -> None:
-        now = time.monotonic()
+        now = self._clock()
         waiting: dict[Any, _Quiet] = {}
         for connection in self.server_state.connections:
             request: Any = getattr(connection, "cycle", None)
