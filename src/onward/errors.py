@@ -151,6 +151,15 @@ def is_out_of_space(error: BaseException) -> bool:
     return isinstance(error, NoSpace) or (isinstance(error, sqlite3.OperationalError) and "full" in str(error))
 
 
+def cannot_write(error: OSError, where: object) -> OnwardError:
+    """Return what to raise where a result cannot be written: a full disk is no wrong usage."""
+    if is_out_of_space(error):
+        return NoSpace(
+            f"cannot write it: {error.strerror}", where=where, hint="Free some space, or name another place."
+        )
+    return UsageError(f"cannot write it: {error.strerror}", where=where)
+
+
 def is_without_temporary(error: BaseException) -> bool:
     """Whether an error says that there is no place for temporary files: `tempfile` alone names no file then."""
     return isinstance(error, FileNotFoundError) and error.errno is not None and error.filename is None

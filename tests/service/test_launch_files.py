@@ -387,3 +387,29 @@ def test_systemd_is_the_default(tmp_path: Path) -> None:
     assert onward("service", "--run", run).out == onward("service", "--for", "systemd", "--run", run).out
     assert f"watch --run {run} --devices 2:8\n" in onward("service", "--devices", "2:8", "--run", run).out
     assert sys.executable in onward("service", "--for", "slurm", "--run", run).out
+
+
+@pytest.mark.parametrize("asked", [None, "6"])
+@pytest.mark.parametrize("made", [None, 3])
+def test_a_unit_computes_as_the_last_commit_did(
+    asked: str | None, made: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With as many threads, on which bits depend, or as many as whoever prints it uses; on a CPU if that is said."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    layout = a_run(tmp_path)
+    if made:
+        layout.checkpoint(1).mkdir(parents=True)
+        manifest = {"environment": {"threads": made, "device": "cpu"}}
+        (layout.checkpoint(1) / "onward.json").write_text(json.dumps(manifest))
+
+    def variables(*words: str) -> list[str]:
+        unit = onward("service", *words, "--run", layout.root).out
+        kept = ("OMP", "CUDA")
+        lines = [line.removeprefix("Environment=") for line in unit.splitlines() if line.startswith("Environment=")]
+        return [line for line in lines if line.startswith(kept)]
+
+    threads = [f"OMP_NUM_THREADS={made or asked}"] if made or asked else []
+    assert threads == variables() == variables("--gpu")
+    assert [*threads, "CUDA_VISIBLE_DEVICES="] == variables("--cpu")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
 from pathlib import Path
 
 import pytest
 
-from onward.errors import UsageError
+from onward.errors import OnwardError, UsageError
+from onward.views.export import export as exporting
 from onward.views.export import gguf
 from onward.views.export.export import DTYPES, FORMATS, Wanted
 
@@ -44,3 +47,19 @@ def test_whatever_has_the_name_is_in_the_way(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="nothing is written over it"):
             Wanted(target).require_possible()
         target.rmdir() if target.is_dir() else target.unlink()
+
+
+@pytest.mark.parametrize(("code", "status"), [(errno.ENOSPC, 1), (errno.EDQUOT, 1), (errno.EACCES, 2)])
+def test_a_disk_that_fills_while_it_is_written_is_no_wrong_usage(
+    code: int, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A place where nothing may be written is; either way nothing stays."""
+
+    def fail(path: Path) -> None:
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(exporting, "fsync_file", fail)
+    wanted = Wanted(tmp_path / "out", "adapter")
+    with pytest.raises(OnwardError, match="cannot write it") as refused, exporting._published(wanted) as folder:
+        (folder / "config.json").write_text("{}")
+    assert (status, []) == (refused.value.exit_status, [*tmp_path.iterdir()])

@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import pydoc
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,16 @@ def test_parquet_goes_through_a_pipe(layout: RunLayout) -> None:
     from pyarrow.parquet import read_table
 
     assert expected() == read_table(BufferReader(done.stdout)).to_pylist()
+
+
+def test_an_earlier_file_stays_where_the_ledger_cannot_be_read(layout: RunLayout, tmp_path: Path) -> None:
+    """The output is begun once there is something to write."""
+    root = Path(shutil.copytree(layout.root, tmp_path / "run"))
+    (root / "ledger.sqlite3").write_bytes(b"no ledger" * 1000)
+    earlier = tmp_path / "steps.csv"
+    earlier.write_text("step\n1\n")
+    assert onward("metrics", "-o", earlier, "--run", root).status > 0
+    assert "step\n1\n" == earlier.read_text()
 
 
 def test_metrics_can_be_thinned(layout: RunLayout) -> None:

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Generator
 from io import TextIOWrapper
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Annotated, BinaryIO
 
@@ -17,7 +18,7 @@ import typer
 from onward import startup
 from onward.cli.options import JsonOption, RunOption
 from onward.cli.output import show
-from onward.errors import UsageError
+from onward.errors import UsageError, cannot_write
 from onward.layout import RunLayout
 from onward.terminal import reader_may_leave, say
 
@@ -42,6 +43,7 @@ def metrics(
     if as_csv + as_json + as_parquet > 1:
         raise UsageError("only one format can be given", where="--csv, --json, --parquet")
     rows = figures.steps(RunLayout(run), every)
+    rows = chain(list(islice(rows, 1)), rows)  # a ledger that cannot be read leaves an earlier FILE as it is
     if as_parquet:
         if output is None and sys.stdout.isatty():
             raise UsageError(
@@ -99,7 +101,7 @@ def _opened(output: Path) -> BinaryIO:
     try:
         return output.open("wb")
     except OSError as error:
-        raise UsageError(f"cannot write it: {error.strerror}", where=output) from None
+        raise cannot_write(error, output) from None
 
 
 def track(

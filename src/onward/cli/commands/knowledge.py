@@ -10,7 +10,7 @@ import typer
 from onward import startup
 from onward.cli.options import JsonOption, RunOption
 from onward.cli.output import show
-from onward.errors import UsageError
+from onward.errors import cannot_write
 from onward.layout import RunLayout
 from onward.terminal import say, show_line
 from onward.text import quoted
@@ -34,7 +34,7 @@ def grid(
         try:
             svg.write_text(grid_svg(found), encoding="utf-8")
         except OSError as error:
-            raise UsageError(f"cannot write it: {error.strerror}", where=svg) from None
+            raise cannot_write(error, svg) from None
         say(f"wrote {quoted(svg)}")
     if as_json:
         show(found)

@@ -64,8 +64,8 @@ def service(
 ) -> None:
     """Print a systemd unit or a scheduler's file to start the run."""
     from onward.service.outside.launch.formats import SCHEDULERS
-    from onward.service.outside.launch.job import as_asked, describe, read_asked, require_parts
-    from onward.service.outside.unit import systemd_unit
+    from onward.service.outside.launch.job import as_asked, describe, read_asked, require_parts, threads_of
+    from onward.service.outside.unit import Host, systemd_unit
 
     layout = RunLayout(run)
     layout.require()
@@ -76,7 +76,10 @@ def service(
             raise UsageError(
                 "a systemd unit starts one machine only", where="--nodes", hint="onward service --for slurm"
             )
-        show_line(systemd_unit(layout.root, user, devices=as_asked(asked)).rstrip("\n"))
+        host = Host.here()
+        threads, devices = threads_of(layout, host), as_asked(asked)
+        unit = systemd_unit(layout.root, user, host, devices=devices, on_cpu=bool(cpu), threads=threads)
+        show_line(unit.rstrip("\n"))
         return
     if scheduler not in SCHEDULERS:
         hint = f"One of systemd, {', '.join(SCHEDULERS)}."

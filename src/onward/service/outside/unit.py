@@ -63,6 +63,8 @@ WantedBy=multi-user.target
 """
 KEPT_VARIABLES = ("ONWARD_CACHE", "XDG_CACHE_HOME", "HF_HOME")
 """Variables that say where models are kept; the unit gets those that are set when it is printed."""
+THREADS = "OMP_NUM_THREADS"
+"""The variable with the number of threads, on which bits depend."""
 TEMPORARY = (Path("/tmp"), Path("/var/tmp"))
 """What PrivateTmp replaces."""
 
@@ -85,12 +87,22 @@ class Host:
         return cls(os.geteuid(), umask, sys.executable, dict(os.environ))
 
 
-def systemd_unit(run: Path, user: str | None = None, host: Host | None = None, *, devices: str = "1") -> str:
+def systemd_unit(
+    run: Path,
+    user: str | None = None,
+    host: Host | None = None,
+    *,
+    devices: str = "1",
+    on_cpu: bool = False,
+    threads: int | None = None,
+) -> str:
     """Return a unit that watches a run: Type=notify with a watchdog, restarted on failure, stopped by committing.
 
     Args:
         user: who runs it; by default the user who prints it or, for root, the owner of the run's directory.
         devices: how many, `N` or `A:B`.
+        on_cpu: whether GPUs are hidden from it.
+        threads: how many it computes with; None for as many as PyTorch takes.
 
     Raises:
         UsageError: there is no such user, or the path cannot be written in a unit.
@@ -104,6 +116,8 @@ def systemd_unit(run: Path, user: str | None = None, host: Host | None = None, *
     account = _account(run, user, host.uid)
     in_temporary = any(path.is_relative_to(place) for path in (run, run.resolve()) for place in TEMPORARY)
     variables = [f"{name}={host.environment[name]}" for name in KEPT_VARIABLES if host.environment.get(name)]
+    variables += [f"{THREADS}={threads}"] if threads else []
+    variables += ["CUDA_VISIBLE_DEVICES="] if on_cpu else []
     return UNIT.format(
         description=_plain(str(run)),
         user="\n".join(_user_lines(account, run)),

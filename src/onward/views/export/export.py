@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from onward.atomic import TEMPORARY_PREFIX, fsync_directory, fsync_file, publish_directory, remove_tree, system_errors
 from onward.config.text import read_config
-from onward.errors import NoSpace, OnwardError, UsageError
+from onward.errors import NoSpace, OnwardError, UsageError, cannot_write
 from onward.layout import RunLayout, entries
 from onward.text import quoted
 from onward.training.model.adapter import ADAPTER_WEIGHTS
@@ -270,7 +270,7 @@ def _published(wanted: Wanted) -> Generator[Path]:
         else:
             publish_directory(temporary, wanted.target)
     except OSError as error:
-        raise UsageError(f"cannot write it: {error.strerror}", where=error.filename or wanted.target) from None
+        raise cannot_write(error, error.filename or wanted.target) from None
     finally:
         if temporary is not None and lock is not None:
             remove_tree(temporary)
