@@ -50,6 +50,8 @@ from onward.training.trainer import Trainer
 CPU = torch.device("cpu")
 LENGTHS = (9, 14)
 PROBE_SEED = 3
+FILE_BYTES = 1 << 14
+"""Bytes of tensors that share a file of shards: a few files for each rank."""
 LIMIT = 0.5
 """Norm that gradients are clipped to; theirs is above it."""
 
@@ -152,7 +154,7 @@ def train_in_shards(
         loss = in_shards.total(shares_of_step(step), train)
         told.append(finish(state, loss, in_shards.clip(LIMIT)))
         in_shards.stepped()
-    write_shards(target, state.snapshot(), shards, host_mesh())
+    write_shards(target, state.snapshot(), shards, host_mesh(), file_bytes=FILE_BYTES)
     probed, digest = probe_in_shards(sharded, shards, dtype, PROBE_SEED), digest_in_shards(state, shards)
     if dist.get_rank() == 0:
         target.with_suffix(".json").write_text(json.dumps(told))
@@ -161,8 +163,10 @@ def train_in_shards(
 
 
 def file_config(folder: Path) -> Config:
-    """Return the config of a file that is trained in three shares a step, some of them in several parts."""
+    """Return the config of a file that is trained in three shares a step, some of them in several parts, with some
+    weights of each layer and of what is around them frozen."""
     values = {"model": str(folder), "method": "full", "learning_rate": 1e-2, "seed": 1, "warmup_steps": 0}
+    values["train"] = ["mlp", "embed"]
     cut = {"batch_size": 6, "parts": 3, "micro_batch_tokens": 32, "activation_checkpointing": "on"}
     return Config.model_validate({**values, **cut, "max_grad_norm": LIMIT})
 
@@ -190,9 +194,10 @@ def train_file(folder: Path, target: Path) -> None:
     sharded = ShardedModel(model, init_device_mesh("cpu", (place.size,)))
     state, shards = start_sharded(sharded, config)
     placement = InShards[Any](sharded, shards, loss_in_shards(sharded, CPU, torch.float32))
-    execution = Execution(group, torch.float32, placement=placement)
+    execution, host = Execution(group, torch.float32, placement=placement), host_mesh()
+    write_shards(target.with_suffix(".start"), state.snapshot(), shards, host)
     told = take_steps(Trainer(state, config, execution))
-    write_shards(target, state.snapshot(), shards, host_mesh())
+    write_shards(target, state.snapshot(), shards, host)
     target.with_suffix(f".{place.rank}").write_text(json.dumps(told))
     group.end()
 
