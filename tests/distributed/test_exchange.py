@@ -16,6 +16,7 @@ from onward.training.ranks.exchange import Exchange, InAnyOrder, InOrder, InTurn
 from onward.training.ranks.forming import form
 
 SHAPES = ((3, 5), (7,), (1,), (2, 2), (11,))
+DTYPES = (torch.float32, torch.float32, torch.float64, torch.float32, torch.float32)
 SHARES = ((0, 1), (2,), (3, 4, 5), (6,), (7,))
 """Parts of five shares: more than ranks, and no multiple of their number."""
 LOST = {(1, 2), (0, 3), (2, 1), *((share, 4) for share in range(5))}
@@ -24,14 +25,14 @@ LOST = {(1, 2), (0, 3), (2, 1), *((share, 4) for share in range(5))}
 
 def weights() -> list[nn.Parameter]:
     """Return some weights."""
-    return [nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
+    return [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape, dtype in zip(SHAPES, DTYPES, strict=True)]
 
 
 def gradient(part: int, index: int) -> torch.Tensor:
     """Return the gradient of a part for a weight: numbers of very different size, and negative zeros."""
     source = torch.Generator().manual_seed(100 * part + index)
     found = torch.randn(SHAPES[index], generator=source) * 10.0 ** torch.randint(-6, 7, SHAPES[index], generator=source)
-    return torch.where(torch.rand(SHAPES[index], generator=source) < 0.2, -0.0, found)
+    return torch.where(torch.rand(SHAPES[index], generator=source) < 0.2, -0.0, found).to(DTYPES[index])
 
 
 def total(exchange: Exchange, shares: Sequence[Sequence[int]] = SHARES) -> list[torch.Tensor | None]:
@@ -54,7 +55,7 @@ def total(exchange: Exchange, shares: Sequence[Sequence[int]] = SHARES) -> list[
 
 def bits(found: Sequence[torch.Tensor | None]) -> list[Any]:
     """Return tensors as integers, so that zeros of either sign differ."""
-    return [None if each is None else each.view(torch.int32).tolist() for each in found]
+    return [None if each is None else each.reshape(-1).view(torch.uint8).tolist() for each in found]
 
 
 def compare(folder: Path) -> None:
