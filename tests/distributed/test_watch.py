@@ -210,11 +210,12 @@ def test_what_ends_between_two_glances_has_not_failed() -> None:
 
 
 def test_a_stop_asked_of_any_rank_reaches_rank_0() -> None:
-    """It is passed on once, with who was asked; the end of rank 0 reaches the others."""
+    """It is passed on once, with who was asked, as soon as rank 0 can be told; the end of rank 0 reaches the others."""
     scene = Scene(2)
     stops: list[str] = []
-    scene.watches[0].on_stop = stops.append
     scene.watches[1].asked = lambda: "SIGTERM"
+    scene.pass_seconds(2, [1, 0])
+    scene.watches[0].on_stop = stops.append
     scene.pass_seconds(3, [1, 0])
     assert ["SIGTERM to rank 1"] == stops
     scene.watches[0].close(released=True)
