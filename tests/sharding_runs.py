@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -18,12 +19,13 @@ import torch.distributed as dist
 from checkpoints import RUN
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from onward.config import Config
 from onward.data.plan.loader import Batch
 from onward.data.plan.order import RowReference, make_plan
 from onward.data.tokenized import Row
-from onward.errors import RankLost
+from onward.errors import RankLost, VerificationFailed
 from onward.ranks import place_here
 from onward.training.checkpoints.checkpoint import Contents, Facts, Manifest, inspect_checkpoint
 from onward.training.device.execution import Execution
@@ -256,6 +258,49 @@ def fail_in_a_layer(folder: Path, told: Path) -> None:
         os._exit(error.exit_status)
 
 
+def write_apart(folder: Path, target: Path, met: Path) -> None:
+    """Write the shards of a new model of which rank 1 counted a step more; says what each rank met."""
+    config, model = built(folder, "full", torch.float32)
+    state, shards = start_sharded(ShardedModel(model, init_device_mesh("cpu", (dist.get_world_size(),))), config)
+    state.counters.step += dist.get_rank()
+    try:
+        write_shards(target, state.snapshot(), shards, host_mesh())
+    except VerificationFailed as error:
+        met.with_suffix(f".{dist.get_rank()}").write_text(error.what)
+
+
+def say_where_weights_lie(folder: Path, target: Path) -> None:
+    """Say of each moment whether all weights of layers lie in shards, and those around them, and whether autocast keeps
+    copies."""
+    _, model = built(folder, "full", torch.float32)
+    sharded = ShardedModel(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+    ids = torch.arange(9)[None]
+
+    def now() -> list[bool]:
+        layers = {weight for layer in decoder_layers(model) for weight in layer.parameters()}
+        around = set(model.parameters()) - layers
+        lie = [all(isinstance(weight, DTensor) for weight in weights) for weights in (layers, around)]
+        return [*lie, torch.is_autocast_cache_enabled()]
+
+    def look() -> list[bool]:
+        model(input_ids=ids)
+        return now()
+
+    def fail() -> None:
+        look()
+        raise ValueError
+
+    told = {"before": now(), "in a look": sharded.compute(torch.no_grad()(look)), "after a look": now()}
+    with contextlib.suppress(ValueError):
+        sharded.compute(fail)
+    told["after a failure"] = now()
+    loss: torch.Tensor = sharded.compute(lambda: model(input_ids=ids).logits.sum())
+    told["before the backward pass"] = now()
+    loss.backward()
+    told["after it"] = now()
+    target.with_suffix(f".{dist.get_rank()}").write_text(json.dumps(told))
+
+
 def fill_a_disk(folder: Path, target: Path, met: Path) -> None:
     """Write the shards of a new model where rank 1 may write small files alone; says what each rank met."""
     config, model = built(folder, "full", torch.float32)
@@ -277,6 +322,7 @@ def train_beside_shards(folder: Path, steps: int, target: Path) -> None:
     model = build_model(ModelSpec(config, folder, CPU, torch.float32), mapped=True)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     sharded = ShardedModel(model, mesh)
+    assert all(isinstance(weight, DTensor) != weight.requires_grad for weight in model.parameters())
     state = TrainState.start(model, config)
     loss_of = loss_in_shards(sharded, CPU, torch.float32)
     exchange = WholeExchange(state.parameters, mesh.get_group())

@@ -20,8 +20,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranks import call_on_ranks
 from safetensors import safe_open
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from onward.atomic import TEMPORARY_PREFIX
 from onward.errors import DamagedState, Unreadable
 from onward.layout import MANIFEST as MANIFEST_OF_CHECKPOINT
 from onward.training.checkpoints.checkpoint import write_checkpoint
@@ -86,8 +87,12 @@ def test_two_ranks_and_then_others_give_the_bits_of_one_device(
 
 
 def test_the_trainer_takes_the_same_steps_in_shards(model: Path, tmp_path: Path) -> None:
-    """The trainer of every run, with shares of several parts: losses, norms and state are those of one device, also
-    at step 0, and what is frozen stays as it was."""
+    """The trainer of every run, with shares of several parts: losses, norms and state are those of one device, also at
+    step 0, though the base is stored in bfloat16, and what is frozen stays as it was."""
+    base = tmp_path / "base"
+    shutil.copytree(model, base)
+    AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(base)
+    model = base
     config = sharding_runs.file_config(model)
     state = TrainState.start(build_model(ModelSpec(config, model, CPU, torch.float32)), config)
     start, trained = state.snapshot(), {*state.parameters}
@@ -183,9 +188,12 @@ def test_a_checkpoint_is_made_of_shards_and_cut_again(model: Path, written: Path
     loaded = TrainState.start(state.model, sharding_runs.config_of(model, "full"))
     load_moments(loaded, other / OPTIMIZER)
     assert state.view().digest() == loaded.view().digest()
+    (tmp_path / f"{TEMPORARY_PREFIX}again").mkdir()
+    (tmp_path / f"{TEMPORARY_PREFIX}again" / "torn").touch()  # by a write that was killed
     assert [0] * 3 == call_on_ranks(
         sharding_runs.in_group, 3, sharding_runs.cut_checkpoint, model, other, tmp_path / "again"
     )
+    assert not (tmp_path / "again" / "torn").exists()
     again = whole_state(tmp_path / "again", read_manifest(tmp_path / "again"), state.model, ADAMW, tmp_path)
     assert state.view().digest() == again.state.digest()
     assert whole.state.plain() == again.state.plain()
@@ -208,6 +216,29 @@ def test_a_rank_that_fails_inside_a_layer_ends_all(model: Path, tmp_path: Path) 
     assert "rank 1 failed while all ranks computed together: a cable was pulled" == told[1]
 
 
+def test_ranks_of_different_steps_write_nothing(model: Path, tmp_path: Path) -> None:
+    """All of them are told so, and nothing is left."""
+    assert [0, 0] == call_on_ranks(
+        sharding_runs.in_group, 2, sharding_runs.write_apart, model, tmp_path / "apart", tmp_path / "met"
+    )
+    assert {"met.0", "met.1"} == {path.name for path in tmp_path.iterdir()}
+    assert {"the ranks have states of different steps"} == {path.read_text() for path in tmp_path.iterdir()}
+
+
+def test_weights_are_whole_only_while_they_are_needed(model: Path, tmp_path: Path) -> None:
+    """Those of a layer while it computes, those around the layers up to the end of the backward pass, if there is one;
+    autocast keeps no copies of them meanwhile, and is then as it was."""
+    assert [0, 0] == call_on_ranks(
+        sharding_runs.in_group, 2, sharding_runs.say_where_weights_lie, model, tmp_path / "told"
+    )
+    sharded = [True, True, True]
+    expected = {
+        "before": sharded, "in a look": [True, False, False], "after a look": sharded, "after a failure": sharded,
+        "before the backward pass": [True, False, True], "after it": sharded,
+    }  # fmt: skip
+    assert [expected] * 2 == [json.loads((tmp_path / f"told.{rank}").read_text()) for rank in range(2)]
+
+
 @pytest.mark.parametrize("place", ["full", "file/below"])
 def test_a_disk_that_fails_one_rank_fails_all(model: Path, tmp_path: Path, place: str) -> None:
     """A rank cannot write its shards, or rank 0 cannot make the folder: all meet the same error, nothing is left."""
@@ -226,7 +257,8 @@ def test_a_disk_that_fails_one_rank_fails_all(model: Path, tmp_path: Path, place
         ("changed", "changed (its hash differs)"), ("shorter", "changed (its hash differs)"), ("gone", "is missing"),
         ("unreadable", "it cannot be read"), ("changed manifest", "the manifest of the shards was changed"),
         ("shorter manifest", "this is not a manifest of shards"), ("gone manifest", "writing them did not finish"),
-        ("unreadable manifest", "it cannot be read"), ("later manifest", "the manifest of the shards was changed"),
+        ("longer manifest", "this is not a manifest of shards"), ("unreadable manifest", "it cannot be read"),
+        ("later manifest", "the manifest of the shards was changed"),
     ],
 )  # fmt: skip
 def test_damaged_shards_are_refused(written: Path, tmp_path: Path, harm: str, what: str) -> None:
@@ -241,6 +273,8 @@ def test_damaged_shards_are_refused(written: Path, tmp_path: Path, harm: str, wh
     elif "later" in harm:
         later = read_manifest(written).model_copy(update={"format": FORMAT + 1}).sealed()
         victim.write_bytes(later.model_dump_json().encode())
+    elif "longer" in harm:
+        victim.write_bytes(data.replace(b"{", b'{"another":1,', 1))
     elif "gone" not in harm:
         victim.write_bytes(data[:-2] if "shorter" in harm else data.replace(b"1", b"2", 1))
     with pytest.raises(Unreadable if "unreadable" in harm else DamagedState, match=re.escape(what)) as refusal:
