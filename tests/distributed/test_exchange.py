@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from ranks import call_on_ranks
 from torch import nn
 
 from onward.ranks import place_here
-from onward.training.ranks.exchange import Exchange, InAnyOrder, InOrder, InTurn
+from onward.training.ranks.exchange import Exchange, InAnyOrder, InOrder, InTurn, buckets_of
 from onward.training.ranks.forming import form
 
 SHAPES = ((3, 5), (7,), (1,), (2, 2), (11,))
@@ -101,3 +103,29 @@ def test_one_process_adds_share_by_share() -> None:
             assert added is not None
             added = added + own
         assert bits([added]) == bits([grads[index]]), index
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 12), st.sampled_from([torch.float32, torch.float64])), max_size=9),
+    st.integers(1, 4),
+    st.integers(1, 15),
+)
+def test_buckets_have_all_numbers_once(kinds: list[tuple[int, torch.dtype]], ranks: int, size: int) -> None:
+    """In order, of one type in a bucket, at most as many as asked for, and as many as fit; each rank has a slice of
+    every bucket, and the slices have all of it."""
+    weights = [nn.Parameter(torch.zeros(count, dtype=dtype)) for count, dtype in kinds]
+    buckets = buckets_of(weights, ranks, size)
+    numbers = [(index, place) for index, weight in enumerate(weights) for place in range(weight.numel())]
+    assert numbers == [(n, place) for each in buckets for n, begin, end in each.pieces for place in range(begin, end)]
+    filled = [sum(end - begin for _, begin, end in each.pieces) for each in buckets]
+    for each, count in zip(buckets, filled, strict=True):
+        assert {each.dtype} == {weights[index].dtype for index, _, _ in each.pieces}
+        assert (0, True) == (each.length % ranks, 0 <= each.length - count < ranks)
+        width = each.length // ranks
+        spans = [each.spans(rank * width, (rank + 1) * width) for rank in range(ranks)]
+        own = [index for index, begin, end in each.pieces for _ in range(begin, end)]
+        assert own == [index for slices in spans for index, begin, end in slices for _ in range(begin, end)]
+        assert all(0 <= begin < end <= width for slices in spans for _, begin, end in slices)
+    assert all(count <= size for count in filled)
+    for one, other, count in zip(buckets, buckets[1:], filled, strict=False):
+        assert one.dtype != other.dtype or count == size
