@@ -31,9 +31,11 @@ def weights() -> list[nn.Parameter]:
 
 
 def gradient(part: int, index: int) -> torch.Tensor:
-    """Return the gradient of a part for a weight: numbers of very different size, and negative zeros."""
+    """Return the gradient of a part for a weight: numbers of very different size, and negative zeros, some of them
+    in the same place of all parts, so that the sum is one too."""
     source = torch.Generator().manual_seed(100 * part + index)
     found = torch.randn(SHAPES[index], generator=source) * 10.0 ** torch.randint(-6, 7, SHAPES[index], generator=source)
+    found.view(-1)[::3] = -0.0
     return torch.where(torch.rand(SHAPES[index], generator=source) < 0.2, -0.0, found).to(DTYPES[index])
 
 
