@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -48,6 +50,7 @@ LOST = [
     RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
     RuntimeError("CUDA driver error: unknown error"),
     RuntimeError("HIP error: the operation cannot be performed in the present state"),
+    *(kind("it failed") for kind in (getattr(torch, "AcceleratorError", None),) if kind is not None),
 ]
 NEITHER = [
     RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"),
@@ -122,13 +125,15 @@ def fail(held: list[weakref.ref[Held]], *, before: BaseException | None, cause: 
 
 def test_a_failed_step_holds_no_memory() -> None:
     """What the frames of an error held is freed, and of whatever it came from: a cause, an error being handled, both,
-    in a circle too."""
+    in a circle too, and though somebody keeps their tracebacks."""
     held: list[weakref.ref[Held]] = []
     one, two, three = (fail(held, before=None, cause=None) for _ in range(3))
     error = fail(held, before=one, cause=two)
     two.__context__, three.__context__ = three, error
+    kept = [each.__traceback__ for each in (one, two, three, error)]
     assert [True] * 4 == [each() is not None for each in held]
     forget_frames(error)
+    assert None not in kept
     assert [True] * 4 == [each() is None for each in held]
     assert [None] * 4 == [each.__traceback__ for each in (one, two, three, error)]
     forget_frames(None)
@@ -194,5 +199,7 @@ def test_main_memory() -> None:
     assert usage is not None
     assert 0 < usage.own < usage.total
     assert usage.own <= usage.available <= usage.total
+    (anonymous,) = re.findall(r"^RssAnon:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.M)
+    assert abs(usage.own - (int(anonymous) << 10)) < 1 << 23  # it may be more by now; pages of libraries are no part
     apple = torch.device("mps")  # where PyTorch says how much memory there is, and not how much is free
     assert (None, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) == (read_usage(apple), read_total(apple))
