@@ -68,22 +68,23 @@ CASES: dict[str, Case] = {
 
 
 def agree(folder: Path) -> None:
-    """On each rank: leave what came of each case. Rank 1 always holds the state of rank 0."""
+    """On each rank: leave what came of each case. Rank 1 has the state of rank 0 where rank 2 alone is to be named."""
     place = place_here()
     assert place is not None
     group = form(place, 60.0, print)
     told: dict[str, Any] = {}
     for name, (first, other, followed, is_uniform) in CASES.items():
         group.is_uniform = is_uniform
+        is_apart = group.rank == 2 or (group.rank == 1 and name in ("behind", "ahead"))
         state: TrainState | None = None
 
-        def make(build: Make = other if group.rank == 2 else first) -> TrainState:
+        def make(build: Make = other if is_apart else first) -> TrainState:
             nonlocal state
             state = build()
             return state
 
         try:
-            hold_same(make, group, None, followed=followed or group.rank < 2)
+            hold_same(make, group, None, followed=followed or not is_apart)
             assert state is not None
             told[name] = [*vars(state.view().digest()).values(), state.view().plain(), len(state.optimizer.state)]
         except (OnwardError, ValueError, RuntimeError) as error:

@@ -209,6 +209,17 @@ def test_what_ends_between_two_glances_has_not_failed() -> None:
     assert group.is_broken
 
 
+def test_a_rank_that_left_its_place_tells_nothing() -> None:
+    """What fails on a rank is passed on at the next meeting; what ends it in the middle of a step, a signal say, leaves
+    the ranks in different places, and then nothing is sent any more."""
+    group = Group(0, 2, torch.device("cpu"), Scene(2).watches[0], is_uniform=True)
+    for error, is_broken in ((ValueError, False), (KeyboardInterrupt, True)):
+        with pytest.raises(error), group.in_step():
+            raise error
+        assert is_broken == group.is_broken
+    group.tell(lambda: pytest.fail("it was told"))
+
+
 def test_a_stop_asked_of_any_rank_reaches_rank_0() -> None:
     """It is passed on once, with who was asked, as soon as rank 0 can be told; the end of rank 0 reaches the others."""
     scene = Scene(2)
