@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -18,12 +19,13 @@ import torch.distributed as dist
 from checkpoints import RUN
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from onward.config import Config
 from onward.data.plan.loader import Batch
 from onward.data.plan.order import RowReference, make_plan
 from onward.data.tokenized import Row
-from onward.errors import RankLost
+from onward.errors import RankLost, VerificationFailed
 from onward.ranks import place_here
 from onward.training.checkpoints.checkpoint import Contents, Facts, Manifest, inspect_checkpoint
 from onward.training.device.execution import Execution
@@ -50,6 +52,8 @@ from onward.training.trainer import Trainer
 CPU = torch.device("cpu")
 LENGTHS = (9, 14)
 PROBE_SEED = 3
+FILE_BYTES = 1 << 14
+"""Bytes of tensors that share a file of shards: a few files for each rank."""
 LIMIT = 0.5
 """Norm that gradients are clipped to; theirs is above it."""
 
@@ -152,7 +156,7 @@ def train_in_shards(
         loss = in_shards.total(shares_of_step(step), train)
         told.append(finish(state, loss, in_shards.clip(LIMIT)))
         in_shards.stepped()
-    write_shards(target, state.snapshot(), shards, host_mesh())
+    write_shards(target, state.snapshot(), shards, host_mesh(), file_bytes=FILE_BYTES)
     probed, digest = probe_in_shards(sharded, shards, dtype, PROBE_SEED), digest_in_shards(state, shards)
     if dist.get_rank() == 0:
         target.with_suffix(".json").write_text(json.dumps(told))
@@ -161,8 +165,10 @@ def train_in_shards(
 
 
 def file_config(folder: Path) -> Config:
-    """Return the config of a file that is trained in three shares a step, some of them in several parts."""
+    """Return the config of a file that is trained in three shares a step, some of them in several parts, with some
+    weights of each layer and of what is around them frozen."""
     values = {"model": str(folder), "method": "full", "learning_rate": 1e-2, "seed": 1, "warmup_steps": 0}
+    values["train"] = ["mlp", "embed"]
     cut = {"batch_size": 6, "parts": 3, "micro_batch_tokens": 32, "activation_checkpointing": "on"}
     return Config.model_validate({**values, **cut, "max_grad_norm": LIMIT})
 
@@ -190,9 +196,10 @@ def train_file(folder: Path, target: Path) -> None:
     sharded = ShardedModel(model, init_device_mesh("cpu", (place.size,)))
     state, shards = start_sharded(sharded, config)
     placement = InShards[Any](sharded, shards, loss_in_shards(sharded, CPU, torch.float32))
-    execution = Execution(group, torch.float32, placement=placement)
+    execution, host = Execution(group, torch.float32, placement=placement), host_mesh()
+    write_shards(target.with_suffix(".start"), state.snapshot(), shards, host)
     told = take_steps(Trainer(state, config, execution))
-    write_shards(target, state.snapshot(), shards, host_mesh())
+    write_shards(target, state.snapshot(), shards, host)
     target.with_suffix(f".{place.rank}").write_text(json.dumps(told))
     group.end()
 
@@ -251,6 +258,49 @@ def fail_in_a_layer(folder: Path, told: Path) -> None:
         os._exit(error.exit_status)
 
 
+def write_apart(folder: Path, target: Path, met: Path) -> None:
+    """Write the shards of a new model of which rank 1 counted a step more; says what each rank met."""
+    config, model = built(folder, "full", torch.float32)
+    state, shards = start_sharded(ShardedModel(model, init_device_mesh("cpu", (dist.get_world_size(),))), config)
+    state.counters.step += dist.get_rank()
+    try:
+        write_shards(target, state.snapshot(), shards, host_mesh())
+    except VerificationFailed as error:
+        met.with_suffix(f".{dist.get_rank()}").write_text(error.what)
+
+
+def say_where_weights_lie(folder: Path, target: Path) -> None:
+    """Say of each moment whether all weights of layers lie in shards, and those around them, and whether autocast keeps
+    copies."""
+    _, model = built(folder, "full", torch.float32)
+    sharded = ShardedModel(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+    ids = torch.arange(9)[None]
+
+    def now() -> list[bool]:
+        layers = {weight for layer in decoder_layers(model) for weight in layer.parameters()}
+        around = set(model.parameters()) - layers
+        lie = [all(isinstance(weight, DTensor) for weight in weights) for weights in (layers, around)]
+        return [*lie, torch.is_autocast_cache_enabled()]
+
+    def look() -> list[bool]:
+        model(input_ids=ids)
+        return now()
+
+    def fail() -> None:
+        look()
+        raise ValueError
+
+    told = {"before": now(), "in a look": sharded.compute(torch.no_grad()(look)), "after a look": now()}
+    with contextlib.suppress(ValueError):
+        sharded.compute(fail)
+    told["after a failure"] = now()
+    loss: torch.Tensor = sharded.compute(lambda: model(input_ids=ids).logits.sum())
+    told["before the backward pass"] = now()
+    loss.backward()
+    told["after it"] = now()
+    target.with_suffix(f".{dist.get_rank()}").write_text(json.dumps(told))
+
+
 def fill_a_disk(folder: Path, target: Path, met: Path) -> None:
     """Write the shards of a new model where rank 1 may write small files alone; says what each rank met."""
     config, model = built(folder, "full", torch.float32)
@@ -272,6 +322,7 @@ def train_beside_shards(folder: Path, steps: int, target: Path) -> None:
     model = build_model(ModelSpec(config, folder, CPU, torch.float32), mapped=True)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     sharded = ShardedModel(model, mesh)
+    assert all(isinstance(weight, DTensor) != weight.requires_grad for weight in model.parameters())
     state = TrainState.start(model, config)
     loss_of = loss_in_shards(sharded, CPU, torch.float32)
     exchange = WholeExchange(state.parameters, mesh.get_group())

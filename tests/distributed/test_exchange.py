@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from ranks import call_on_ranks
 from torch import nn
 
 from onward.ranks import place_here
-from onward.training.ranks.exchange import Exchange, InAnyOrder, InOrder, InTurn
+from onward.training.ranks.exchange import Exchange, InAnyOrder, InOrder, InTurn, buckets_of
 from onward.training.ranks.forming import form
 
 SHAPES = ((3, 5), (7,), (1,), (2, 2), (11,))
+DTYPES = (torch.float32, torch.float32, torch.float64, torch.float32, torch.float32)
 SHARES = ((0, 1), (2,), (3, 4, 5), (6,), (7,))
 """Parts of five shares: more than ranks, and no multiple of their number."""
 LOST = {(1, 2), (0, 3), (2, 1), *((share, 4) for share in range(5))}
@@ -24,14 +27,16 @@ LOST = {(1, 2), (0, 3), (2, 1), *((share, 4) for share in range(5))}
 
 def weights() -> list[nn.Parameter]:
     """Return some weights."""
-    return [nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
+    return [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape, dtype in zip(SHAPES, DTYPES, strict=True)]
 
 
 def gradient(part: int, index: int) -> torch.Tensor:
-    """Return the gradient of a part for a weight: numbers of very different size, and negative zeros."""
+    """Return the gradient of a part for a weight: numbers of very different size, and negative zeros, some of them
+    in the same place of all parts, so that the sum is one too."""
     source = torch.Generator().manual_seed(100 * part + index)
     found = torch.randn(SHAPES[index], generator=source) * 10.0 ** torch.randint(-6, 7, SHAPES[index], generator=source)
-    return torch.where(torch.rand(SHAPES[index], generator=source) < 0.2, -0.0, found)
+    found.view(-1)[::3] = -0.0
+    return torch.where(torch.rand(SHAPES[index], generator=source) < 0.2, -0.0, found).to(DTYPES[index])
 
 
 def total(exchange: Exchange, shares: Sequence[Sequence[int]] = SHARES) -> list[torch.Tensor | None]:
@@ -54,7 +59,7 @@ def total(exchange: Exchange, shares: Sequence[Sequence[int]] = SHARES) -> list[
 
 def bits(found: Sequence[torch.Tensor | None]) -> list[Any]:
     """Return tensors as integers, so that zeros of either sign differ."""
-    return [None if each is None else each.view(torch.int32).tolist() for each in found]
+    return [None if each is None else each.reshape(-1).view(torch.uint8).tolist() for each in found]
 
 
 def compare(folder: Path) -> None:
@@ -100,3 +105,29 @@ def test_one_process_adds_share_by_share() -> None:
             assert added is not None
             added = added + own
         assert bits([added]) == bits([grads[index]]), index
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 12), st.sampled_from([torch.float32, torch.float64])), max_size=9),
+    st.integers(1, 4),
+    st.integers(1, 15),
+)
+def test_buckets_have_all_numbers_once(kinds: list[tuple[int, torch.dtype]], ranks: int, size: int) -> None:
+    """In order, of one type in a bucket, at most as many as asked for, and as many as fit; each rank has a slice of
+    every bucket, and the slices have all of it."""
+    weights = [nn.Parameter(torch.zeros(count, dtype=dtype)) for count, dtype in kinds]
+    buckets = buckets_of(weights, ranks, size)
+    numbers = [(index, place) for index, weight in enumerate(weights) for place in range(weight.numel())]
+    assert numbers == [(n, place) for each in buckets for n, begin, end in each.pieces for place in range(begin, end)]
+    filled = [sum(end - begin for _, begin, end in each.pieces) for each in buckets]
+    for each, count in zip(buckets, filled, strict=True):
+        assert {each.dtype} == {weights[index].dtype for index, _, _ in each.pieces}
+        assert (0, True) == (each.length % ranks, 0 <= each.length - count < ranks)
+        width = each.length // ranks
+        spans = [each.spans(rank * width, (rank + 1) * width) for rank in range(ranks)]
+        own = [index for index, begin, end in each.pieces for _ in range(begin, end)]
+        assert own == [index for slices in spans for index, begin, end in slices for _ in range(begin, end)]
+        assert all(0 <= begin < end <= width for slices in spans for _, begin, end in slices)
+    assert all(count <= size for count in filled)
+    for one, other, count in zip(buckets, buckets[1:], filled, strict=False):
+        assert one.dtype != other.dtype or count == size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ from torch.distributed import TCPStore
 
 from onward.errors import ConfigError, OnwardError, RankLost
 from onward.ranks import Place, place_here
-from onward.training.ranks.forming import form
+from onward.training.device.environment import describe_environment
+from onward.training.ranks.forming import equalize, form
 
 LONG = {"order": "file", "rows": list(range(500))}
 SIZE = 2
@@ -107,6 +109,45 @@ def test_a_rank_that_does_not_come_is_named() -> None:
     """Who is there says who is not, and ends."""
     assert [0, 0] == call_on_ranks(absent, 2)
     assert issubclass(RankLost, OnwardError)
+
+
+def test_differences_between_ranks_are_named() -> None:
+    """All compute with the fewest threads, which makes them alike; in what else they differ is said, once, and a fact
+    that one of them does not state is no difference."""
+    threads, said = torch.get_num_threads(), list[str]()
+    environment = describe_environment(torch.device("cpu"), torch.float32)
+    unstated = {key: value for key, value in environment.items() if key != "processor_model"}
+    other = {"torch": "1", "machine": "m"}
+    try:
+        for records in ([environment] * 2, [{**unstated, "threads": 3}, environment, {**environment, "threads": 2}]):
+            assert [] == equalize([{"environment": record} for record in records], said.append)
+        assert min(threads, 2) == torch.get_num_threads()
+        records = [environment, unstated, {**environment, **other}, {**environment, "torch": "2"}]
+        assert ["machine", "torch"] == equalize([{"environment": record} for record in records], said.append)
+    finally:
+        torch.set_num_threads(threads)
+    assert [
+        f"the ranks had {', '.join(map(str, sorted({threads, 2, 3})))} threads: all use {min(threads, 2)} now "
+        "(OMP_NUM_THREADS)",
+        "the ranks differ in machine, torch: equal bits are not promised, and handovers say so",
+    ] == said
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_who_finds_no_store_says_where_it_looked(listens: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody listens there, or another program that never answers: either ends the wait with the address."""
+    with socket.socket() as other:
+        other.bind(("localhost", 0))
+        if listens:
+            other.listen()
+        port = other.getsockname()[1]
+        for name, value in At(1, 2, port).variables().items():
+            monkeypatch.setenv(name, value)
+        place = place_here()
+        assert place is not None
+        with pytest.raises(RankLost, match=r"^the processes cannot find each other: ") as lost:
+            form(place, 0.2, print)
+    assert f"localhost:{port}" == lost.value.where
 
 
 def wait_for_the_frozen() -> None:

@@ -1,11 +1,13 @@
-"""What several devices need, as functions: places, numbers of devices, shares of a step, messages, signs of life."""
+"""What several devices need, as functions: places, numbers of devices, shares of a step, messages."""
 
 from __future__ import annotations
 
+import errno
+import json
 import shlex
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +19,21 @@ from hypothesis import strategies as st
 from ledgers import add_file, made_up_run
 from torch.distributed.run import get_args_parser
 
+from onward import errors
 from onward.config import Config
 from onward.data.plan.loader import Batch
 from onward.data.plan.order import FilePlan, RowReference
 from onward.data.plan.replay import ReplayPlan, Source
 from onward.data.tokenized import Row
-from onward.errors import FileRejected, RankLost, UsageError
+from onward.errors import DeviceLost, FileRejected, GuardRejected, OnwardError, RankLost, UsageError
 from onward.ranks import Place, place_here, start_here
 from onward.service.client import Given
 from onward.service.outside.elastic import Devices, read_devices
 from onward.store.ledger import Ledger
 from onward.training.device.environment import promises_bits, ranks_facts
-from onward.training.ranks.failures import Released
-from onward.training.ranks.group import Group
+from onward.training.ranks.failures import from_message, to_message
 from onward.training.ranks.meeting import meet
 from onward.training.ranks.orders import plan_message, plan_told
-from onward.training.ranks.watch import Watch
 from onward.training.steps.parts import parts_of, shares_of
 from onward.training.world import SingleProcess
 
@@ -160,6 +161,37 @@ def test_a_plan_is_told_whole() -> None:
         assert [plan.rows_at(step) for step in range(plan.steps)] == [told.rows_at(step) for step in range(told.steps)]
 
 
+OWN = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, OnwardError)]
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_an_error_of_one_rank_has_its_kind_on_the_others(kind: type[OnwardError]) -> None:
+    """The others raise the same class, which decides the exit status, with place and hint, and name the rank; only an
+    error with facts of its own comes as a plain one."""
+    error = GuardRejected("wrong", 3, []) if kind is GuardRejected else kind("wrong", where="key", hint="mend it")
+    found: Any = from_message(2, json.loads(json.dumps(to_message(error))))
+    assert (OnwardError if kind is GuardRejected else kind) is type(found)
+    assert ("rank 2: wrong", error.where, error.hint) == (found.what, found.where, found.hint)
+    assert error.exit_status == found.exit_status
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (OSError(errno.ENOMEM, "no"), torch.OutOfMemoryError, "rank 2: [Errno 12] no"),
+        (RuntimeError("CUDA error: gone\nand more"), DeviceLost, "rank 2: the GPU was lost: CUDA error: gone"),
+        (KeyError("a"), RuntimeError, "rank 2: KeyError: 'a'"),
+        (ValueError(), RuntimeError, "rank 2: ValueError: ValueError"),
+    ],
+)  # fmt: skip
+def test_a_foreign_error_of_one_rank_says_on_the_others_what_it_was(
+    error: Exception, kind: type[Exception], text: str
+) -> None:
+    """Lack of memory and a lost GPU are handled there as here; anything else is an error that names its class."""
+    found = from_message(2, json.loads(json.dumps(to_message(error))))
+    assert (kind, text) == (type(found), str(found))
+
+
 @dataclass(frozen=True)
 class Several:
     """A world of some ranks, as far as its size is asked."""
@@ -180,29 +212,6 @@ def test_what_keeps_ranks_from_the_bits_of_one() -> None:
         promises_bits({"device": "cpu", **facts})
         for facts in (ranks_facts(two, "exact"), ranks_facts(two, "fast"), ranks_facts(unequal, "exact"))
     ]
-
-
-@dataclass
-class Scene:
-    """Watches of some ranks on one store, and the time."""
-
-    size: int
-    now: float = 0.0
-    watches: list[Watch] = field(default_factory=list[Watch])
-
-    def __post_init__(self) -> None:
-        store = torch.distributed.HashStore()
-        names = [f"rank {rank}" for rank in range(self.size)]
-        self.watches = [Watch(store, rank, names, 10.0, lambda: self.now) for rank in range(self.size)]
-        for rank in range(self.size):
-            store.set(f"beat/{rank}", "0 0")
-
-    def pass_seconds(self, seconds: int, alive: list[int]) -> None:
-        """Let some ranks show signs of life each second, in their order."""
-        for _ in range(seconds):
-            self.now += 1.0
-            for rank in alive:
-                self.watches[rank].look()
 
 
 def meet_all(store: Any, said: list[str], *, late: int) -> list[tuple[str, list[str]]]:
@@ -232,92 +241,9 @@ def test_processes_of_a_start_meet_each_other(late: int) -> None:
     assert [["m", "n", "o"]] * 3 == [each for _, each in meet_all(store, ["m", "n", "o"], late=late)]
 
 
-def test_a_silent_rank_is_named_everywhere() -> None:
-    """After its patience rank 0 says who is silent; the others say the same. Who misses rank 0 says so itself."""
-    scene = Scene(3)
-    scene.pass_seconds(12, [0, 1, 2])
-    for watch in scene.watches:
-        watch.check()
-    scene.pass_seconds(12, [0, 1])
-    for watch in scene.watches[:2]:
-        with pytest.raises(RankLost, match="rank 2 has shown no sign of life for 10 s"):
-            watch.check()
-        assert not watch.misses_first
-    other = Scene(2)
-    other.pass_seconds(12, [1])
-    with pytest.raises(RankLost, match="rank 0 has shown no sign of life"):
-        other.watches[1].check()
-    assert other.watches[1].misses_first
-    assert [True, False] == [other.watches[1].is_first_to_say(), other.watches[1].is_first_to_say()]
-
-
-def test_who_stood_still_itself_blames_nobody() -> None:
-    """A process that was suspended with the whole machine knows nothing of the others until they were silent again."""
-    scene = Scene(2)
-    scene.pass_seconds(2, [0, 1])
-    scene.now += 3600.0
-    scene.watches[0].look()
-    scene.watches[0].check()
-
-
-def test_a_rank_that_stays_away_is_named() -> None:
-    """One that shows signs of life and does not come to where the others wait ends all, long after its patience."""
-    scene = Scene(3)
-    scene.watches[0].place = scene.watches[1].place = 5
-    scene.pass_seconds(3, [0, 1, 2])
-    scene.watches[0].check(waited=99.0)
-    with pytest.raises(RankLost, match="rank 2 did not reach the point where the others waited for 101 s"):
-        scene.watches[0].check(waited=101.0)
-
-
 def test_torchrun_reads_the_command_of_the_documentation() -> None:
     """torchrun takes options of what it starts for its own where they begin like one: `--run` does."""
     text = (Path(__file__).parents[2] / "docs" / "devices.md").read_text()
     (command,) = (block for block in text.split("```") if block.startswith("sh\ntorchrun"))
     read = get_args_parser().parse_args(shlex.split(command.removeprefix("sh\n").replace("\\\n", " "))[1:])
     assert ("onward", ["watch", "--run", "my-run"]) == (read.training_script, read.training_script_args)
-
-
-@dataclass
-class Work:
-    """A collective of torch that ends right after the first glance at it, well or with an error."""
-
-    error: str | None = None
-    glances: int = 0
-
-    def is_completed(self) -> bool:
-        """Whether it has ended."""
-        return self.glances > 0
-
-    def wait(self, _: object) -> None:
-        """Wait for a glance; raises what torch raises."""
-        self.glances += 1
-        if self.glances == 1 or self.error:
-            raise RuntimeError(self.error if self.glances > 1 else "Operation timed out!")
-
-
-def test_what_ends_between_two_glances_has_not_failed() -> None:
-    """A collective that ends right after a glance at it has worked; one that fails then names who is gone."""
-    scene = Scene(2)
-    group = Group(1, 2, torch.device("cpu"), scene.watches[1], is_uniform=True)
-    work = Work()
-    group.wait(work)
-    assert (2, False) == (work.glances, group.is_broken)
-    scene.now += 5.0
-    with pytest.raises(RankLost, match="rank 0 is gone"):
-        group.wait(Work("Connection closed by peer"))
-    assert group.is_broken
-
-
-def test_a_stop_asked_of_any_rank_reaches_rank_0() -> None:
-    """It is passed on once, with who was asked; the end of rank 0 reaches the others."""
-    scene = Scene(2)
-    stops: list[str] = []
-    scene.watches[0].on_stop = stops.append
-    scene.watches[1].asked = lambda: "SIGTERM"
-    scene.pass_seconds(3, [1, 0])
-    assert ["SIGTERM to rank 1"] == stops
-    scene.watches[0].close(released=True)
-    scene.pass_seconds(1, [1])
-    with pytest.raises(Released):
-        scene.watches[1].check()

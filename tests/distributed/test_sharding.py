@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
+import math
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +19,11 @@ from checkpoints import files_of
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import call_on_ranks
-from torch import nn
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from onward.config import Config
-from onward.errors import ConfigError, DamagedState, ModelError
+from onward.atomic import TEMPORARY_PREFIX
+from onward.errors import DamagedState, Unreadable
 from onward.layout import MANIFEST as MANIFEST_OF_CHECKPOINT
 from onward.training.checkpoints.checkpoint import write_checkpoint
 from onward.training.checkpoints.huggingface import OPTIMIZER
@@ -28,10 +32,8 @@ from onward.training.device.execution import Execution
 from onward.training.model.load import build_model
 from onward.training.model.spec import ModelSpec
 from onward.training.optimizers import ADAMW
-from onward.training.sharding.files import MANIFEST, read_manifest, require_files
+from onward.training.sharding.files import FORMAT, MANIFEST, read_manifest, require_files
 from onward.training.sharding.gathering import rows_of
-from onward.training.sharding.model import decoder_layers
-from onward.training.sharding.needs import require_shardable
 from onward.training.sharding.shards import span
 from onward.training.sharding.whole import whole_state
 from onward.training.state import TrainState
@@ -85,15 +87,45 @@ def test_two_ranks_and_then_others_give_the_bits_of_one_device(
 
 
 def test_the_trainer_takes_the_same_steps_in_shards(model: Path, tmp_path: Path) -> None:
-    """The trainer of every run, with shares of several parts: losses, norms and state are those of one device."""
+    """The trainer of every run, with shares of several parts: losses, norms and state are those of one device, also at
+    step 0, though the base is stored in bfloat16, and what is frozen stays as it was."""
+    base = tmp_path / "base"
+    shutil.copytree(model, base)
+    AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(base)
+    model = base
     config = sharding_runs.file_config(model)
     state = TrainState.start(build_model(ModelSpec(config, model, CPU, torch.float32)), config)
+    start, trained = state.snapshot(), {*state.parameters}
     told = sharding_runs.take_steps(Trainer(state, config, Execution(SingleProcess(CPU), torch.float32)))
     assert [0, 0] == call_on_ranks(sharding_runs.train_file, 2, model, tmp_path / "file")
     assert [told] * 2 == [json.loads((tmp_path / f"file.{rank}").read_text()) for rank in range(2)]
     whole = whole_state(tmp_path / "file", read_manifest(tmp_path / "file"), state.model, ADAMW, tmp_path)
     assert state.view().digest() == whole.state.digest()
     assert state.view().plain() == whole.state.plain()
+    assert trained == {name for name, weight in whole.model.named_parameters() if weight.requires_grad}
+    for (name, expected), (same, actual) in zip(
+        state.model.named_parameters(), whole.model.named_parameters(), strict=True
+    ):
+        assert name == same
+        assert torch.equal(expected, actual)
+    assert state.view().size == whole.state.size
+    first = tmp_path / "file.start"
+    (tmp_path / "scratch").mkdir()
+    new = whole_state(first, read_manifest(first), state.model, ADAMW, tmp_path / "scratch").state
+    assert (start.digest(), {}) == (new.digest(), new.optimizer["state"])
+
+
+def test_files_of_shards_have_a_size(written: Path) -> None:
+    """Tensors share a file up to a size, which only one that is larger passes; no two neighbours could be one file."""
+    tensors = read_manifest(written).tensors
+    sizes: list[int] = []
+    for path in sorted(written.glob("shard-00001-*")):
+        with safe_open(path, "pt") as opened:  # type: ignore[no-untyped-call]
+            own = [math.prod(tensors[key][0]) * 4 for key in opened.keys()]  # noqa: SIM118
+        assert 1 == len(own) or sum(own) <= sharding_runs.FILE_BYTES
+        sizes.append(sum(own))
+    assert len(sizes) > 2
+    assert all(one + next_one > sharding_runs.FILE_BYTES for one, next_one in itertools.pairwise(sizes))
 
 
 @pytest.mark.parametrize("family", ["experts", "padded"])
@@ -156,9 +188,12 @@ def test_a_checkpoint_is_made_of_shards_and_cut_again(model: Path, written: Path
     loaded = TrainState.start(state.model, sharding_runs.config_of(model, "full"))
     load_moments(loaded, other / OPTIMIZER)
     assert state.view().digest() == loaded.view().digest()
+    (tmp_path / f"{TEMPORARY_PREFIX}again").mkdir()
+    (tmp_path / f"{TEMPORARY_PREFIX}again" / "torn").touch()  # by a write that was killed
     assert [0] * 3 == call_on_ranks(
         sharding_runs.in_group, 3, sharding_runs.cut_checkpoint, model, other, tmp_path / "again"
     )
+    assert not (tmp_path / "again" / "torn").exists()
     again = whole_state(tmp_path / "again", read_manifest(tmp_path / "again"), state.model, ADAMW, tmp_path)
     assert state.view().digest() == again.state.digest()
     assert whole.state.plain() == again.state.plain()
@@ -181,6 +216,29 @@ def test_a_rank_that_fails_inside_a_layer_ends_all(model: Path, tmp_path: Path) 
     assert "rank 1 failed while all ranks computed together: a cable was pulled" == told[1]
 
 
+def test_ranks_of_different_steps_write_nothing(model: Path, tmp_path: Path) -> None:
+    """All of them are told so, and nothing is left."""
+    assert [0, 0] == call_on_ranks(
+        sharding_runs.in_group, 2, sharding_runs.write_apart, model, tmp_path / "apart", tmp_path / "met"
+    )
+    assert {"met.0", "met.1"} == {path.name for path in tmp_path.iterdir()}
+    assert {"the ranks have states of different steps"} == {path.read_text() for path in tmp_path.iterdir()}
+
+
+def test_weights_are_whole_only_while_they_are_needed(model: Path, tmp_path: Path) -> None:
+    """Those of a layer while it computes, those around the layers up to the end of the backward pass, if there is one;
+    autocast keeps no copies of them meanwhile, and is then as it was."""
+    assert [0, 0] == call_on_ranks(
+        sharding_runs.in_group, 2, sharding_runs.say_where_weights_lie, model, tmp_path / "told"
+    )
+    sharded = [True, True, True]
+    expected = {
+        "before": sharded, "in a look": [True, False, False], "after a look": sharded, "after a failure": sharded,
+        "before the backward pass": [True, False, True], "after it": sharded,
+    }  # fmt: skip
+    assert [expected] * 2 == [json.loads((tmp_path / f"told.{rank}").read_text()) for rank in range(2)]
+
+
 @pytest.mark.parametrize("place", ["full", "file/below"])
 def test_a_disk_that_fails_one_rank_fails_all(model: Path, tmp_path: Path, place: str) -> None:
     """A rank cannot write its shards, or rank 0 cannot make the folder: all meet the same error, nothing is left."""
@@ -193,20 +251,33 @@ def test_a_disk_that_fails_one_rank_fails_all(model: Path, tmp_path: Path, place
     assert {"file", "met.0", "met.1"} == {path.name for path in tmp_path.iterdir()}
 
 
-@pytest.mark.parametrize("harm", ["changed", "shorter", "gone", "manifest", "no manifest"])
-def test_damaged_shards_are_refused(written: Path, tmp_path: Path, harm: str) -> None:
-    """A file or a manifest that is missing or differs is reported by name."""
+@pytest.mark.parametrize(
+    ("harm", "what"),
+    [
+        ("changed", "changed (its hash differs)"), ("shorter", "changed (its hash differs)"), ("gone", "is missing"),
+        ("unreadable", "it cannot be read"), ("changed manifest", "the manifest of the shards was changed"),
+        ("shorter manifest", "this is not a manifest of shards"), ("gone manifest", "writing them did not finish"),
+        ("longer manifest", "this is not a manifest of shards"), ("unreadable manifest", "it cannot be read"),
+        ("later manifest", "the manifest of the shards was changed"),
+    ],
+)  # fmt: skip
+def test_damaged_shards_are_refused(written: Path, tmp_path: Path, harm: str, what: str) -> None:
+    """A file or a manifest that is missing or differs is reported by name; one that cannot be read is not damaged."""
     folder = tmp_path / "copy"
-    folder.mkdir()
-    for path in written.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(written, folder)
     victim = folder / MANIFEST if "manifest" in harm else sorted(folder.glob("*.safetensors"))[1]
     data = victim.read_bytes()
-    if harm in ("gone", "no manifest"):
-        victim.unlink()
-    else:
-        victim.write_bytes(data[:-1] if harm == "shorter" else data.replace(b"1", b"2", 1))
-    with pytest.raises(DamagedState) as refusal:
+    victim.unlink()
+    if "unreadable" in harm:
+        victim.mkdir()  # which the system refuses to read, to root too
+    elif "later" in harm:
+        later = read_manifest(written).model_copy(update={"format": FORMAT + 1}).sealed()
+        victim.write_bytes(later.model_dump_json().encode())
+    elif "longer" in harm:
+        victim.write_bytes(data.replace(b"{", b'{"another":1,', 1))
+    elif "gone" not in harm:
+        victim.write_bytes(data[:-2] if "shorter" in harm else data.replace(b"1", b"2", 1))
+    with pytest.raises(Unreadable if "unreadable" in harm else DamagedState, match=re.escape(what)) as refusal:
         require_files(folder, read_manifest(folder))
     assert str(victim) == refusal.value.where
 
@@ -226,25 +297,3 @@ def test_a_shard_is_computed_as_its_tensor_is(rows: int, numbers: int, ranks: in
             one_by_one, here = total - total % width, end - (end - start) % width  # from these places on
             assert max(first, min(last, one_by_one)) == max(first, min(last, here))
     assert total == seen
-
-
-@pytest.mark.parametrize(
-    ("settings", "where"),
-    [
-        ({"evaluation": {"share": 0.05}}, "evaluation.share"),
-        ({"anchor": {"weight": 0.1}}, "anchor.weight"),
-        ({"method": "qlora"}, "sharding"),
-    ],
-)
-def test_what_shards_do_not_have_is_refused(settings: dict[str, Any], where: str) -> None:
-    """Whatever computes on rank 0 alone, and weights that cannot be cut: refused with the key and what to set."""
-    with pytest.raises(ConfigError, match=where) as refusal:
-        require_shardable(Config.model_validate({"model": "m", "sharding": "full", **settings}))
-    assert "sharding: off" in (refusal.value.hint or "")
-    require_shardable(Config.model_validate({"model": "m", "sharding": "full"}))
-
-
-def test_models_that_cannot_be_cut_are_refused() -> None:
-    """No layers that transformers knows how to compute again: refused with the way out."""
-    with pytest.raises(ModelError, match="cannot be cut into shards"):
-        decoder_layers(nn.Sequential(nn.Linear(2, 2)))

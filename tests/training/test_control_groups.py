@@ -55,6 +55,7 @@ def group(folder: Path, version: tuple[str, str, str], limit: str, used: int, fi
             {"memory": (ONE, UNLIMITED), "memory/job": (ONE, str(2 * GIB)), "unified/job": (TWO, "max")},
             [2, int(UNLIMITED) // GIB], id="both versions",
         ),
+        pytest.param("0::/user/a:b\n", {"user/a:b": (TWO, str(GIB))}, [1], id="a name with a colon"),
         pytest.param("0::/../../other\n", {"": (TWO, str(GIB))}, [1], id="a group outside of what can be seen"),
     ],
 )  # fmt: skip
@@ -73,6 +74,16 @@ def test_every_limit_above_a_process_holds(
     assert expected == [limit.total // GIB for limit in found]
     assert {300} >= {limit.used for limit in found}
     assert [] == read_limits(tmp_path / "none", trees)
+
+
+@pytest.mark.parametrize(("used", "stat", "expected"), [(900, "file 800\n", 900), (900, "inactive_file 901\n", 0)])
+def test_what_a_group_uses_is_never_less_than_nothing(used: int, stat: str, expected: int, tmp_path: Path) -> None:
+    """The kernel counts while it is read; a kernel that does not tell pages of files apart has none."""
+    (tmp_path / "cgroup").write_text("0::/\n")
+    (tmp_path / "cgroup.controllers").touch()
+    group(tmp_path, TWO, str(GIB), used, 0)
+    (tmp_path / "memory.stat").write_text(stat)
+    assert [Limit(GIB, expected)] == read_limits(tmp_path / "cgroup", tmp_path)
 
 
 def test_what_a_limit_leaves_is_what_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:

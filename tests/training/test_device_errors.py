@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
+import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -11,9 +15,16 @@ import small
 import torch
 from torch import nn
 
+from onward.errors import OnwardError, first_line
 from onward.training.admission.positions import most_positions
-from onward.training.device.errors import is_device_lost, is_out_of_memory
-from onward.training.device.memory import Usage, gpu_is_crowded, read_usage
+from onward.training.device.errors import (
+    caused_by_no_row,
+    forget_frames,
+    is_device_lost,
+    is_of_the_device,
+    is_out_of_memory,
+)
+from onward.training.device.memory import Usage, gpu_is_crowded, read_total, read_usage
 from onward.training.layers.decoder_parts import form_of, is_gated
 
 GIB = 1 << 30
@@ -39,6 +50,7 @@ LOST = [
     RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
     RuntimeError("CUDA driver error: unknown error"),
     RuntimeError("HIP error: the operation cannot be performed in the present state"),
+    *(kind("it failed") for kind in (getattr(torch, "AcceleratorError", None),) if kind is not None),
 ]
 NEITHER = [
     RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"),
@@ -52,19 +64,22 @@ NEITHER = [
 @pytest.mark.parametrize("error", NO_MEMORY, ids=str)
 def test_lack_of_memory_is_known_in_all_its_forms(error: BaseException) -> None:
     """Whichever library finds no memory, it is lack of memory and not a lost GPU."""
-    assert (True, False) == (is_out_of_memory(error), is_device_lost(error))
+    assert (True, False, True) == (is_out_of_memory(error), is_device_lost(error), is_of_the_device(error))
 
 
 @pytest.mark.parametrize("error", LOST, ids=str)
 def test_a_lost_gpu_is_known(error: BaseException) -> None:
     """After these a process can compute nothing more on its GPU; they are no lack of memory."""
-    assert (False, True) == (is_out_of_memory(error), is_device_lost(error))
+    assert (False, True, True) == (is_out_of_memory(error), is_device_lost(error), is_of_the_device(error))
 
 
 @pytest.mark.parametrize("error", NEITHER, ids=repr)
 def test_other_errors_are_neither(error: BaseException) -> None:
     """What rows, code or a disk cause says nothing about the device."""
-    assert (False, False) == (is_out_of_memory(error), is_device_lost(error))
+    assert (False, False, False) == (is_out_of_memory(error), is_device_lost(error), is_of_the_device(error))
+    with pytest.raises(type(error)) as raised, caused_by_no_row("the model was loaded"):
+        raise error
+    assert error is raised.value
 
 
 def test_a_tensor_that_no_machine_can_hold() -> None:
@@ -72,6 +87,56 @@ def test_a_tensor_that_no_machine_can_hold() -> None:
     with pytest.raises(Exception) as raised:  # noqa: PT011
         torch.empty(1 << 60, dtype=torch.uint8)
     assert is_out_of_memory(raised.value)
+
+
+@pytest.mark.parametrize("error", NO_MEMORY[:3], ids=str)
+def test_what_depends_on_no_row_is_blamed_on_none(error: Exception) -> None:
+    """Memory that runs out while a model is loaded or written is the machine's lack, and an error of its own kind."""
+    with pytest.raises(OnwardError) as raised, caused_by_no_row("the model was loaded"):
+        raise error
+    expected = f"memory ran out while the model was loaded: {first_line(error)}"
+    assert (OnwardError, expected) == (type(raised.value), raised.value.what)
+    assert not is_out_of_memory(raised.value)
+    assert "onward train" in str(raised.value.hint)
+
+
+class Held:
+    """Something large in a frame."""
+
+
+def fail(held: list[weakref.ref[Held]], *, before: BaseException | None, cause: BaseException | None) -> Exception:
+    """Return an error of a frame that holds something, raised while another was handled, because of a third."""
+
+    def raise_it() -> None:
+        own = Held()
+        held.append(weakref.ref(own))
+        raise RuntimeError from cause
+
+    try:
+        try:
+            if before is not None:
+                raise before
+        finally:
+            raise_it()
+    except RuntimeError as error:
+        return error
+    raise AssertionError
+
+
+def test_a_failed_step_holds_no_memory() -> None:
+    """What the frames of an error held is freed, and of whatever it came from: a cause, an error being handled, both,
+    in a circle too, and though somebody keeps their tracebacks."""
+    held: list[weakref.ref[Held]] = []
+    one, two, three = (fail(held, before=None, cause=None) for _ in range(3))
+    error = fail(held, before=one, cause=two)
+    two.__context__, three.__context__ = three, error
+    kept = [each.__traceback__ for each in (one, two, three, error)]
+    assert [True] * 4 == [each() is not None for each in held]
+    forget_frames(error)
+    assert None not in kept
+    assert [True] * 4 == [each() is None for each in held]
+    assert [None] * 4 == [each.__traceback__ for each in (one, two, three, error)]
+    forget_frames(None)
 
 
 class Starved(nn.Module):
@@ -123,6 +188,9 @@ def test_who_holds_a_gpu(free: int, own: int, expected: bool) -> None:
     assert expected == usage.is_crowded
     assert expected == gpu_is_crowded(torch.device("cuda", 0), lambda _: usage)
     assert not gpu_is_crowded(torch.device("cpu"), lambda _: usage)
+    assert not gpu_is_crowded(torch.device("cuda", 0), lambda _: None)
+    assert ((free + own) * GIB, (80 - free - own) * GIB) == (usage.available, usage.others)
+    assert 0 == Usage(80 * GIB, 70 * GIB, 20 * GIB).others  # read at two times
 
 
 def test_main_memory() -> None:
@@ -131,3 +199,7 @@ def test_main_memory() -> None:
     assert usage is not None
     assert 0 < usage.own < usage.total
     assert usage.own <= usage.available <= usage.total
+    (anonymous,) = re.findall(r"^RssAnon:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.M)
+    assert abs(usage.own - (int(anonymous) << 10)) < 1 << 23  # it may be more by now; pages of libraries are no part
+    apple = torch.device("mps")  # where PyTorch says how much memory there is, and not how much is free
+    assert (None, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) == (read_usage(apple), read_total(apple))

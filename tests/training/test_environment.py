@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import platform
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
 
 from onward.errors import ModelError
 from onward.training.admission.findings import Findings
 from onward.training.device.environment import (
     LATER_FACTS,
+    NUMERICS,
+    autocast,
     describe_environment,
     deterministic,
     pick_device,
@@ -104,6 +109,31 @@ def test_earlier_records_compare_as_before() -> None:
     assert not same_environment(before, {**here, "something": "new"})
 
 
+def test_a_record_has_what_the_bits_depend_on() -> None:
+    """All of it is in the record of an environment, and nothing else."""
+    expected = {
+        "device": "cpu", "processor": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__,
+        "machine": platform.machine(), "processor_model": processor_model(),
+    }  # fmt: skip
+    plain = {**expected, "dtype": "float32", "numerics": NUMERICS}
+    assert plain == describe_environment(CPU, torch.float32)
+    facts = {"layers": {"attention": "varlen"}, "ranks": {"exchange": "fast"}}
+    other = {"dtype": "bfloat16", "numerics": 7, "attention": "varlen", "deterministic": False, "exchange": "fast"}
+    assert {**expected, **other} == describe_environment(CPU, torch.bfloat16, 7, exact=False, **facts)
+    assert [False] * 3 == [
+        same_environment(plain, {**plain, key: "other"}) for key in ("numerics", "processor", "transformers")
+    ]
+
+
+def test_a_forward_pass_runs_in_the_compute_type() -> None:
+    """Under autocast where it is a half type; as the weights are in float32."""
+    for dtype, expected in ((torch.float32, None), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)):
+        with autocast(CPU, dtype):
+            assert (expected is not None) == torch.is_autocast_enabled("cpu")
+            assert expected in (None, torch.get_autocast_dtype("cpu"))
+
+
 def test_where_bits_are_promised() -> None:
     """Not where determinism is off, nor on Apple's GPUs; the record says that it is off, and only then says a thing."""
     assert promises_bits(describe_environment(CPU, torch.float32))
@@ -153,6 +183,9 @@ def test_names_are_read_where_the_system_says_them(tmp_path: Path) -> None:
     listing = tmp_path / "cpuinfo"
     listing.write_text("processor\t: 0\nmodel name\t: A Processor, 64 cores\nmodel name\t: A Processor, 64 cores\n")
     assert "A Processor, 64 cores" == processor_model(listing)
+    listing.write_text("processor\t: 0\nBogoMIPS\t: 50.00\nCPU part\t: 0xd0c\nCPU revision\t: 1\n")
+    assert "0xd0c" == processor_model(listing)
+    assert processor_model(tmp_path / "nowhere")
     driver = tmp_path / "version"
     driver.write_text(
         "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\nGCC version:\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from onward.training.model.roundtrip import prove_roundtrip
 from onward.training.model.weights import save_weights
 from onward.training.optimizers import file_state
 from onward.training.state import TrainState, digest_tensors
-from onward.training.transfer import Copied, InPlace, Overlapped, Sizes, equal_marks, in_main_memory
+from onward.training.transfer import Copied, InPlace, Overlapped, Sizes, equal_marks, fetch_later, in_main_memory
+from onward.training.transfer.fetching import FETCHED
 from onward.training.transfer.layout import Form, Layout
 
 DTYPES = [torch.float32, torch.bfloat16, torch.uint8, torch.bool, torch.float64]
@@ -204,6 +205,37 @@ def test_a_digest_of_what_lies_elsewhere_is_that_of_main_memory() -> None:
     scramble([*weights, *rest], 5)
     named = [(str(place), tensor) for place, tensor in enumerate((*weights, *rest))]
     assert digest_tensors(named) == digest_tensors(in_main_memory(named, home="cuda"))
+
+
+def test_what_lies_elsewhere_is_fetched_in_pieces() -> None:
+    """Tensors are asked for one after another and held back up to a size; what is in main memory is not held back."""
+    asked: list[str] = []
+    half = torch.zeros(FETCHED // 2, dtype=torch.uint8)
+    here = torch.empty(FETCHED, dtype=torch.uint8, device="meta")  # not to be fetched, however large
+    tensors = {"0": half, "1": half[:-1], "2": half[:1], "3": half[:-1]}
+    tensors |= {"4": half.view(torch.int16).view(2, -1), "5": half[:1]}
+
+    def ask() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in tensors.items():
+            asked.append(name)
+            yield name, tensor
+        for name in ("6", "7"):
+            asked.append(name)
+            yield name, here
+
+    fetched = in_main_memory(ask(), home="meta")
+    steps = [(name, asked[-1], tensor.shape) for name, tensor in fetched]
+    shapes = {**{name: tensor.shape for name, tensor in tensors.items()}, "6": here.shape, "7": here.shape}
+    assert [(name, last, shapes[name]) for name, last in zip("01234567", "22255567", strict=True)] == steps
+
+
+def test_what_is_fetched_later_is_as_it_was() -> None:
+    """What is computed meanwhile may overwrite the tensors; nothing is fetched of none."""
+    tensor = torch.zeros(3)
+    read = fetch_later([tensor])
+    tensor += 1
+    assert [[0.0] * 3] == [each.tolist() for each in read()]
+    assert [] == fetch_later([])()
 
 
 def state_of(method: str, *, tied: bool = False) -> TrainState:

@@ -77,10 +77,13 @@ def is_of_the_device(error: BaseException) -> bool:
 
 
 def forget_frames(error: BaseException | None) -> None:
-    """Free what the frames of an error and of its causes hold, above all the model."""
-    seen: set[int] = set()  # an error can be the context of its own cause
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        traceback.clear_frames(error.__traceback__)
-        error.__traceback__ = None
-        error = error.__cause__ or error.__context__
+    """Free what the frames of an error hold, above all the model, and those of all errors that it came from."""
+    left, seen = [error], set[int]()
+    while left:
+        each = left.pop()
+        if each is None or id(each) in seen:  # an error can be the context of its own cause
+            continue
+        seen.add(id(each))
+        traceback.clear_frames(each.__traceback__)
+        each.__traceback__ = None
+        left += [each.__cause__, each.__context__]

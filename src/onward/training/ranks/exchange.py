@@ -85,7 +85,7 @@ class InAnyOrder:
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
         with group.in_step():
-            for bucket in _buckets(weights, 1, BUCKET):
+            for bucket in buckets_of(weights, 1, BUCKET):
                 whole = bucket.taken(weights)
                 group.moved(distributed.all_reduce(whole, async_op=True))
                 bucket.put(whole, weights)
@@ -109,7 +109,7 @@ class InOrder:
     ) -> torch.Tensor:
         """Go through the shares in rounds, with one share per rank in a round."""
         group, weights = self._group, list(parameters)
-        sums = [_Sum(group, bucket) for bucket in _buckets(weights, group.size, self._bucket)]
+        sums = [_Sum(group, bucket) for bucket in buckets_of(weights, group.size, self._bucket)]
         reached = [False] * len(weights)
         losses: list[torch.Tensor] = []
         for first in range(0, len(shares), group.size):
@@ -161,7 +161,7 @@ def exchange_of(world: World, kind: str) -> Exchange:
 
 
 @dataclass(frozen=True)
-class _Bucket:
+class Bucket:
     """Pieces of gradients that are moved as one tensor of `length` numbers, the last ones of which may be unused.
 
     Args:
@@ -208,7 +208,7 @@ class _Bucket:
 class _Sum:
     """The sum of one rank's slice of a bucket, over the shares of all ranks."""
 
-    def __init__(self, group: Group, bucket: _Bucket) -> None:
+    def __init__(self, group: Group, bucket: Bucket) -> None:
         self._group, self._bucket = group, bucket
         self._width = bucket.length // group.size
         self._sum = torch.zeros(self._width, dtype=bucket.dtype, device=bucket.device)
@@ -243,16 +243,20 @@ class _Sum:
         self._bucket.put(whole, weights)
 
 
-def _buckets(weights: Sequence[nn.Parameter], multiple: int, size: int) -> list[_Bucket]:
-    """Split gradients into buckets of one type and device, each with a length that is a multiple of `multiple`."""
-    buckets: list[_Bucket] = []
+def buckets_of(weights: Sequence[nn.Parameter], multiple: int, size: int) -> list[Bucket]:
+    """Split gradients into buckets of one type and device, with at most `size` numbers each.
+
+    Args:
+        multiple: the lengths of buckets are multiples of it, for which a few unused numbers may be added.
+    """
+    buckets: list[Bucket] = []
     pieces: list[tuple[int, int, int]] = []
     filled = 0
 
     def close(like: nn.Parameter) -> None:
         nonlocal pieces, filled
         length = -(-filled // multiple) * multiple
-        buckets.append(_Bucket(tuple(pieces), length, like.dtype, like.device))
+        buckets.append(Bucket(tuple(pieces), length, like.dtype, like.device))
         pieces, filled = [], 0
 
     for index, weight in enumerate(weights):

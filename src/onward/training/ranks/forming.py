@@ -49,7 +49,7 @@ def form(place: Place, patience: float, report: Callable[[str], None]) -> Group:
     own = {"pid": os.getpid(), "host": socket.gethostname(), "environment": describe_environment(device, torch.float32)}
     name, found = meet(store, (place.rank, place.size), own, patience)
     store, watched = (cast(Any, distributed).PrefixStore(name, each) for each in (store, watched))
-    unequal = _equalize(found, report if place.rank == 0 else lambda _: None)
+    unequal = equalize(found, report if place.rank == 0 else lambda _: None)
     names = [f"rank {rank} (pid {each['pid']} on {each['host']})" for rank, each in enumerate(found)]
     watch = Watch(watched, place.rank, names, patience)
     watch.start()
@@ -107,8 +107,13 @@ def _stores(place: Place, patience: float) -> tuple[Any, Any]:
     )
 
 
-def _equalize(found: Sequence[Mapping[str, Any]], report: Callable[[str], None]) -> list[str]:
-    """Compute with as many threads as the rank with the fewest; return in what ranks still differ."""
+def equalize(found: Sequence[Mapping[str, Any]], report: Callable[[str], None]) -> list[str]:
+    """Compute with as many threads as the rank with the fewest; return in what ranks still differ.
+
+    Args:
+        found: what each rank said about itself, with its environment.
+        report: receives a line for each kind of difference.
+    """
     records = [dict(each["environment"]) for each in found]
     threads = sorted({record["threads"] for record in records})
     if len(threads) > 1:

@@ -89,7 +89,7 @@ class Watch:
             raise Released
         if self._problem is None and waited > STUCK * self._patience:
             behind = [rank for rank, (beat, _) in self._seen.items() if _place_of(beat) < self.place]
-            self._problem = f"{self._list(behind)} did not reach the point where the others waited for {waited:.0f} s"
+            self._find(f"{self._list(behind)} did not reach the point where the others waited for {waited:.0f} s")
         if self._problem is not None:
             raise self._lost(self._problem)
 
@@ -105,10 +105,7 @@ class Watch:
         A rank that fails while all compute together breaks the connections of the others only when it ends.
         """
         self._wait_for_gone()
-        if self._problem is None:
-            self._problem = error.what
-            self._try(lambda: self._store.set(_LOST, error.what))
-        return self._lost(self._problem)
+        return self._lost(self._problem or self._find(error.what))
 
     def _wait_for_gone(self) -> None:
         ends = self._clock() + 3 * MISSED
@@ -116,9 +113,14 @@ class Watch:
             gone = [rank for rank, (_, seen) in self._seen.items() if self._clock() - seen > MISSED]
             if gone:
                 self.misses_first = 0 in gone
-                self._problem = f"{self._list(gone)} is gone: it was killed or died"
-                self._try(lambda: self._store.set(_LOST, self._problem))
+                self._find(f"{self._list(gone)} is gone: it was killed or died")
             time.sleep(BEAT / 5)
+
+    def _find(self, problem: str) -> str:
+        """Keep what ends the group, tell the others, and return it."""
+        self._problem = problem
+        self._try(lambda: self._store.set(_LOST, problem))
+        return problem
 
     def _lost(self, problem: str) -> RankLost:
         return RankLost(problem, where="devices", hint=HINT)
@@ -131,7 +133,10 @@ class Watch:
             return True
 
     def look(self) -> None:
-        """Give a sign of life, check those of the others, and pass on stop requests; called by the thread."""
+        """Give a sign of life, check those of the others, and pass on stop requests; called by the thread.
+
+        If a rank has been lost for too long, this calls `on_loss`.
+        """
         now = self._clock()
         if now - self._last > 3 * BEAT:  # this process itself was suspended: nothing is known about the others
             self._seen = {rank: (beat, now) for rank, (beat, _) in self._seen.items()}
@@ -144,8 +149,7 @@ class Watch:
         silent = [rank for rank, (_, seen) in self._seen.items() if now - seen > self._patience]
         if silent and self._problem is None:
             self.misses_first = 0 in silent
-            self._problem = f"{self._list(silent)} has shown no sign of life for {self._patience:.0f} s"
-            self._store.set(_LOST, self._problem)
+            self._find(f"{self._list(silent)} has shown no sign of life for {self._patience:.0f} s")
         if self._problem is None and self._store.check([_LOST]):
             self._problem = self._store.get(_LOST).decode()
         if self._rank == 0:
@@ -153,6 +157,7 @@ class Watch:
         else:
             self._ask_for_stop()
             self._is_released = self._is_released or self._store.check([_RELEASED])
+        self._end_in_time()
 
     def _run(self) -> None:
         while not self._end.wait(BEAT):
@@ -162,7 +167,6 @@ class Watch:
                 if not self._end.is_set():
                     self._without_store()
                 return
-            self._end_in_time()
 
     def _end_in_time(self) -> None:
         if self._problem is None or not self.may_hang:

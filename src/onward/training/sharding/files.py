@@ -33,7 +33,8 @@ MANIFEST = "shards.json"
 FORMAT = 1
 WEIGHT = "weight"
 FILE_BYTES = 1 << 29
-"""Bytes of whole tensors whose shards share a file; while a file is written, a copy of it is in memory."""
+"""Bytes of whole tensors whose shards share a file, unless one alone is larger; while a file is written, a copy of it
+is in memory."""
 
 
 class ShardManifest(BaseModel):
@@ -80,7 +81,9 @@ def host_mesh() -> DeviceMesh:
     return DeviceMesh.from_group(group, "cpu")
 
 
-def write_shards(target: Path, snapshot: Snapshot, shards: Shards, host: DeviceMesh) -> None:
+def write_shards(
+    target: Path, snapshot: Snapshot, shards: Shards, host: DeviceMesh, *, file_bytes: int = FILE_BYTES
+) -> None:
     """Write a state into a folder that appears whole or not at all. Every rank calls this, with its own snapshot.
 
     The ranks write to one disk. If a rank cannot write, all raise its error; if one is lost, the others raise. Then
@@ -89,6 +92,7 @@ def write_shards(target: Path, snapshot: Snapshot, shards: Shards, host: DeviceM
     Args:
         snapshot: this rank's copy of its shards, in main memory.
         host: `host_mesh()`.
+        file_bytes: see `FILE_BYTES`.
 
     Raises:
         OSError: a rank could not write.
@@ -104,7 +108,7 @@ def write_shards(target: Path, snapshot: Snapshot, shards: Shards, host: DeviceM
                 remove_tree(temporary)
                 temporary.mkdir(parents=True)
         tensors = _tensors(snapshot, shards, host)
-        files = _write_files(temporary, snapshot, tensors, host)
+        files = _write_files(temporary, snapshot, tensors, host, file_bytes)
         with _on_all(host):
             if is_first:
                 manifest = _describe(snapshot, tensors, host.size(), files)
@@ -117,10 +121,10 @@ def write_shards(target: Path, snapshot: Snapshot, shards: Shards, host: DeviceM
 
 
 def _write_files(
-    folder: Path, snapshot: Snapshot, tensors: Mapping[str, DTensor], host: DeviceMesh
+    folder: Path, snapshot: Snapshot, tensors: Mapping[str, DTensor], host: DeviceMesh, file_bytes: int
 ) -> dict[str, dict[str, Any]]:
     """Write and hash this rank's shards; return size and hash of the files of all ranks, by name."""
-    writer = HuggingFaceStorageWriter(str(folder), _files_of(tensors), save_distributed=True)
+    writer = HuggingFaceStorageWriter(str(folder), _files_of(tensors, file_bytes), save_distributed=True)
     held = {key: tensor for key, tensor in tensors.items() if tensor.to_local().numel()}
     try:
         save(cast(Any, held), storage_writer=writer, process_group=host.get_group())
@@ -220,13 +224,13 @@ def _whole(rows: torch.Tensor, shape: torch.Size, host: DeviceMesh) -> DTensor:
     return DTensor.from_local(rows, host, [ByRows(0)], run_check=False, shape=shape, stride=stride)
 
 
-def _files_of(tensors: Mapping[str, DTensor]) -> dict[str, int]:
+def _files_of(tensors: Mapping[str, DTensor], file_bytes: int) -> dict[str, int]:
     """Return the number of the file, from 1, that each tensor's shards are written to."""
     numbers: dict[str, int] = {}
     number, filled = 1, 0
     for key, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size()
-        if filled and filled + size > FILE_BYTES:
+        if filled and filled + size > file_bytes:
             number, filled = number + 1, 0
         numbers[key], filled = number, filled + size
     return numbers
