@@ -20,6 +20,7 @@ from onward.config.keys import SECRET_KEYS
 from onward.errors import OnwardError, RunLocked, UsageError, first_line
 from onward.layout import RunLayout
 from onward.library.making import open_ledger
+from onward.service.pauses import pause_after
 from onward.service.settings import Settings
 from onward.store.ledger import Ledger
 from onward.store.waiting import Waiting
@@ -30,8 +31,6 @@ from onward.views.trackers.tracker import Factory, TrackedRun, Tracker
 
 SECONDS = 5.0
 """Seconds between two looks at the ledger."""
-LONGEST_PAUSE = 300.0
-"""The most seconds before a tracker that failed is tried again."""
 PATIENCE = 60.0
 """Seconds that the last points may take once the run's owner has ended."""
 REASON_LENGTH = 300
@@ -70,8 +69,7 @@ class Telling(threading.Thread):
                 failures = 0 if tell(feed, ledger) is None else failures + 1
                 if is_last:
                     break
-                pause = min(self._seconds * 2.0**failures, LONGEST_PAUSE) if failures else self._seconds
-                self._ended.wait(pause)
+                self._ended.wait(pause_after(failures, 2.0 * self._seconds) if failures else self._seconds)
             close(feed, ledger)
 
     def _feed(self, ledger: Ledger) -> Feed:
