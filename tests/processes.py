@@ -147,3 +147,8 @@ def kill_after(process: BaseProcess, seconds: float, number: signal.Signals = si
         os.kill(process.pid, number)
     process.join()
     return running
+
+
+def open_descriptors() -> int:
+    """Return how many files, folders and the like this process has open."""
+    return len(list(Path("/proc/self/fd").iterdir()))
