@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,15 @@ from safetensors.torch import load_file
 from states import assert_same_state
 
 from onward import Run
+from onward.digest import xxh3_file
 from onward.errors import DamagedState, UsageError
 from onward.events import Event, StepTaken
+from onward.layout import RunLayout
 from onward.service.lock import RunLock
 from onward.service.wishes import Stopped, Wishes
 from onward.views.points import hold
 from onward.views.release import Making, Order
-from onward.views.releases import RECORD, list_releases, remove_release
+from onward.views.releases import RECORD, Release, find_release, lines, list_releases, remove_release
 
 SETTINGS: dict[str, Any] = {"batch_size": 4, "max_length": 256, "learning_rate": 1e-2, "lora": {"rank": 4}}
 WEIGHTS = "adapter_model.safetensors"
@@ -90,6 +93,8 @@ def test_without_a_cooldown_it_is_the_boundary(run: Run) -> None:
 def test_an_average_is_the_mean_of_boundaries(run: Run) -> None:
     """Each weight is the mean of that weight over the last boundaries, rounded once."""
     assert [3, 7, 9] == make(run, Order("mean", average=3))["averaged"]
+    older = make(run, Order("older", "step:7", 1, average=2))
+    assert ([3, 7], 7, 1) == (older["averaged"], older["step"], older["cooldown"]["steps"])
     states = [load_file(run.layout.boundary(step) / WEIGHTS) for step in (3, 7, 9)]
     found = load_file(run.layout.releases / "mean" / WEIGHTS)
     for name, weight in found.items():
@@ -104,16 +109,34 @@ def test_an_average_is_the_mean_of_boundaries(run: Run) -> None:
         (Order(".x"), "cannot be the name"),
         (Order("taken"), "a release of this name already exists"),
         (Order("x", average=9), "3 boundaries are kept"),
-        (Order("x", cooldown=1.5), "a number of steps, or a share"),
+        *(
+            (Order("x", cooldown=steps), "a number of steps, or a share")
+            for steps in (1.5, -1, -0.5, math.nan, math.inf)
+        ),
         (Order("x", "none.jsonl"), "neither a finished file nor the step"),
     ],
 )
 def test_what_cannot_be_released_is_refused(order: Order, reason: str, run: Run) -> None:
-    """Names that are taken or are paths, boundaries that are not there and lengths that are none leave nothing."""
+    """Names that are taken or are paths, boundaries that are not there and lengths that are none leave nothing, and are
+    refused before anything is copied.
+    """
     (run.layout.releases / "taken").mkdir(parents=True)
+    said: list[str] = []
     with pytest.raises(UsageError, match=reason):
-        make(run, order)
+        Making(run.layout, lambda _: None, said.append, Wishes()).release(order)
     assert ["taken"] == [path.name for path in run.layout.releases.iterdir()]
+    assert [] == said
+
+
+@pytest.mark.parametrize("taken", [0, 1, 9, 39, 40, 45, 55, 1000])
+def test_the_length_of_a_cooldown(taken: int) -> None:
+    """A number of steps, a share of those so far and at least one, or else a tenth and at least four; an average has
+    none unless it is asked for.
+    """
+    assert max(4, round(taken / 10)) == Order("x").steps_of(taken)
+    assert 0 == Order("x", average=2).steps_of(taken)
+    assert max(1, round(taken / 5)) == Order("x", cooldown=0.2, average=2).steps_of(taken)
+    assert [0, 1, 7] == [Order("x", cooldown=steps).steps_of(taken) for steps in (0, 1.0, 7)]
 
 
 def test_a_stop_leaves_nothing(run: Run) -> None:
@@ -182,6 +205,50 @@ def test_a_release_that_cannot_be_written_computes_nothing(run: Run) -> None:
         make(run, Order("v1"), seen)
     assert [] == seen
     assert "" == run.layout.releases.read_text()
+
+
+def told(name: str, created: float, average: float | None) -> dict[str, Any]:
+    """The record of a release."""
+    found = {"average": average, "forgetting": {"mean": 0.25, "worst": 0.5}, "anchor": 0.125}
+    return {
+        "name": name, "created": created, "step": 12, "stream": [{}, {}], "cooldown": {"steps": 5}, "averaged": [7, 9],
+        "measured": found, "verified": average is not None, "notes": "n", "weights": "w",
+    }  # fmt: skip
+
+
+def test_releases_side_by_side(tmp_path: Path) -> None:
+    """One line for each, the oldest first; what was not measured is no number, and what is no release is left out."""
+    layout = RunLayout(tmp_path)
+    assert ["no releases yet; onward release NAME makes one"] == list(lines(list_releases(layout)))
+    with pytest.raises(UsageError) as refused:
+        find_release(layout, "v1")
+    assert "Releases: none." == refused.value.hint
+    records: dict[str, Any] = {
+        "v1": told("v1", 2.0, 1.5), "first": told("first", 1.0, None), "renamed": told("v9", 3.0, 1.0),
+        "list": [1], "torn": None,
+    }  # fmt: skip
+    for name, record in records.items():
+        (layout.releases / name).mkdir(parents=True)
+        (layout.releases / name / RECORD).write_text("{" if record is None else json.dumps(record))
+    found = list_releases(layout)
+    assert [
+        "name   step  files  cooldown  average loss  forgetting   worst  KL to base         proof",
+        "first    12      2         5             -      0.2500  0.5000      0.1250  not verified",
+        "v1       12      2         5        1.5000      0.2500  0.5000      0.1250      verified",
+    ] == list(lines(found))
+    assert {
+        "name": "v1", "step": 12, "files": 2, "cooldown": 5, "averaged": 2, "average": 1.5, "forgetting": 0.25,
+        "worst": 0.5, "anchor": 0.125, "verified": True, "created": 2.0, "notes": "n", "weights": "w",
+    } == found[1].summary()  # fmt: skip
+    assert found[1] == find_release(layout, "v1")
+    with pytest.raises(UsageError) as refused:
+        find_release(layout, "renamed")
+    assert "Releases: first, v1." == refused.value.hint
+    digests = {"model": xxh3_file(found[0].folder / RECORD), "optimizer.pt": "x", "README.md": "x"}
+    held = Release(tmp_path, {"files": digests})
+    shutil.copy(found[0].folder / RECORD, tmp_path / "model")
+    assert ["optimizer.pt"] == held.changed(tmp_path)
+    assert [] == held.changed(tmp_path, ["optimizer.pt"])
 
 
 def test_releases_are_listed_and_removed_but_never_with_what_others_put_there(run: Run) -> None:
