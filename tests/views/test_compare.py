@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from commands import assert_refused, onward
+import tiny
+from commands import assert_refused, onward, snapshot
+from daemons import configure
 from runs import new_run
 
+from onward import Run
 from onward.errors import ConfigError, UsageError
-from onward.views.compare import FIGURES, Comparison, Outcome, Trial, Variant, lines, parse_variants
+from onward.service.wishes import Wishes
+from onward.views.compare import FIGURES, Comparison, Outcome, Trial, Trials, Variant, figures_of, lines, parse_variants
 
 
 def outcome(text: str, *averages: float | None) -> Outcome:
@@ -81,3 +86,73 @@ def test_settings_that_belong_together_are_one_variant() -> None:
     together, alone = parse_variants(["learning_rate=0.001;warmup_steps=3", "warmup_steps=0"])
     assert {"learning_rate": 1e-3, "warmup_steps": 3} == dict(together.settings)
     assert {"warmup_steps": 0} == dict(alone.settings)
+
+
+SETTINGS: dict[str, Any] = {
+    "batch_size": 4, "max_length": 128, "warmup_steps": 0, "learning_rate": 0.05, "lora": {"rank": 2},
+    "evaluation": {"share": 1}, "anchor": {"rows": 2, "tokens": 8}, "keep_boundaries": 1, "keep_days": 0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three files."""
+    folder = tmp_path_factory.mktemp("files")
+    return [tiny.write_jsonl(folder / f"{n}.jsonl", tiny.chat_rows(n, seed=n)) for n in (6, 5, 9)]
+
+
+@pytest.fixture(scope="module")
+def trained(model: Path, files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of these files; the boundary before the last one is kept."""
+    run = new_run(tmp_path_factory.mktemp("compare") / "run", model, **SETTINGS)
+    run.train(*files)
+    return run
+
+
+def trials(last: int, orders: int = 1) -> Trials:
+    """How variants are tried, silently."""
+    return Trials(last, orders, lambda _: None, lambda _: None, Wishes())
+
+
+def test_a_trial_is_what_the_run_would_be_under_those_settings(
+    trained: Run, files: list[Path], model: Path, tmp_path: Path
+) -> None:
+    """To the last bit: its own settings in its own order give the run's own figures, others those of a run that had
+    them from there on; another order of rows gives others, the same for every variant. The run is not touched.
+    """
+    before = snapshot(trained.layout.root)
+    variants = parse_variants(["learning_rate=0.05", "learning_rate=0.01;epochs=2"])
+    found = trials(1, 2).compare(trained.layout, variants)
+    assert before == snapshot(trained.layout.root)
+    assert (4, ("9.jsonl",)) == (found.step, found.files)
+    own, other = (outcome.trials for outcome in found.outcomes)
+    assert ([0, 1], [0, 1]) == ([trial.order for trial in own], [trial.order for trial in other])
+    assert figures_of(trained.layout) == own[0].figures
+    assert None not in own[0].figures.values()
+    assert own[0].figures != own[1].figures
+    twin = new_run(tmp_path / "twin", model, **SETTINGS)
+    twin.train(*files[:2])
+    configure(twin, learning_rate=0.01, epochs=2)
+    twin.train(*files[2:])
+    assert figures_of(twin.layout) == other[0].figures
+
+
+@pytest.mark.parametrize(("last", "hint"), [(2, "The restore points allow: --last 1."), (4, "--last 1")])
+def test_what_cannot_be_trained_again_is_refused(trained: Run, last: int, hint: str) -> None:
+    """More files than there are, or than there are restore points before; the hint says how many can be."""
+    with pytest.raises(UsageError) as refused:
+        trials(last).compare(trained.layout, parse_variants(["epochs=1", "epochs=2"]))
+    assert hint == refused.value.hint
+
+
+def test_a_comparison_for_people() -> None:
+    """The best variant comes first; each figure is its mean with half of its spread, what was not measured a dash."""
+    found = comparison(outcome("long name", 2.0, 4.0), outcome("b", 1.5, 3.25), outcome("c", None, 1.0))
+    heads = ("average", "forgetting", "worst", "anchor", "behind the best")
+    rows = [
+        ("c", "1.0000", "-", "-", "-", ""),
+        ("b", "2.3750 +- 0.8750", "-", "-", "-", "2.2500"),
+        ("long name", "3.0000 +- 1.0000", "-", "-", "-", "3.0000"),
+    ]
+    expected = [f"{row[0]:9}" + "".join(f"{cell:>20}" for cell in row[1:]) for row in (("", *heads), *rows)]
+    assert expected == list(lines(found))[:-1]

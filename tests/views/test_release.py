@@ -141,10 +141,15 @@ def test_the_length_of_a_cooldown(taken: int) -> None:
 
 def test_a_stop_leaves_nothing(run: Run) -> None:
     """Stopped in the cooldown, there is no release, nor a part of one, nor the copy."""
-    wishes = Wishes()
-    wishes.ask("test")
+    wishes, seen = Wishes(), list[Event]()
+
+    def stop(event: Event) -> None:
+        seen.append(event)
+        wishes.ask("test")
+
     with pytest.raises(Stopped):
-        make(run, Order("v1"), wishes=wishes)
+        Making(run.layout, stop, lambda _: None, wishes).release(Order("v1", cooldown=5))
+    assert 1 == len(seen)
     assert not run.layout.releases.exists()
     assert [] == list((run.layout.cache / "reading").iterdir())
 
