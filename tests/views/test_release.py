@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -13,17 +14,20 @@ import tiny
 import torch
 from commands import onward, snapshot
 from faults import Fault
-from processes import command
+from processes import command, open_descriptors
 from safetensors.torch import load_file
 from states import assert_same_state
 
 from onward import Run
 from onward.digest import xxh3_file
-from onward.errors import DamagedState, UsageError
+from onward.errors import DamagedState, UsageError, VerificationFailed
 from onward.events import Event, StepTaken
 from onward.layout import RunLayout
 from onward.service.lock import RunLock
 from onward.service.wishes import Stopped, Wishes
+from onward.training.checkpoints.checkpoint import inspect_checkpoint
+from onward.training.model import weights
+from onward.views.evaluate import measure
 from onward.views.points import hold
 from onward.views.release import Making, Order
 from onward.views.releases import RECORD, Release, find_release, lines, list_releases, remove_release
@@ -186,6 +190,57 @@ def test_a_release_that_is_not_what_was_published_is_not_used(name: str, problem
             continue
         with pytest.raises(DamagedState, match=problem), hold(run.layout, "v1"):
             pass
+
+
+def test_the_record_says_what_is_released_and_the_card_shows_it(run: Run) -> None:
+    """Which state of which stream, and what was measured of it: as much as `onward evaluate` measures there."""
+    before = open_descriptors()
+    record = make(run, Order("v1", "step:7", cooldown=0, notes="for *you*"))
+    assert before == open_descriptors()
+    assert record == json.loads((run.layout.releases / "v1" / RECORD).read_bytes())
+    manifest = inspect_checkpoint(run.layout.boundary(7)).verified
+    assert manifest is not None
+    assert {
+        "name": "v1", "notes": "for *you*", "run": manifest.run, "step": 7, "state_digest": manifest.state_digest,
+        "base": manifest.base, "config": manifest.config, "cooldown": {"steps": 0, "learning_rate": None},
+        "averaged": [7], "verified": True,
+    }.items() <= record.items()  # fmt: skip
+    assert [(1, "9.jsonl", 9), (2, "14.jsonl", 14)] == [
+        (file["position"], file["name"], file["rows"]) for file in record["stream"]
+    ]
+    seen, measured = measure(run.layout, "step:7"), record["measured"]
+    assert (seen["files"], seen["anchor"]) == (measured["files"], measured["anchor"])
+    assert fmean(file["loss"] for file in seen["files"]) == pytest.approx(measured["average"], rel=1e-12)
+    card = (run.layout.releases / "v1" / "README.md").read_text()
+    for words in ("v1: for *you*", f"{measured['average']:.4f}", f"{measured['anchor']:.4f}"):
+        assert words in card
+    assert "Average of the states" not in card
+
+
+def test_a_release_of_the_base_has_nothing_to_be_measured_on(run: Run) -> None:
+    """It has no file, so no score, and no row that a cooldown could take."""
+    nothing = {"mean": None, "worst": None, "file": None}
+    record = make(run, Order("base", "step:0", cooldown=0))
+    assert {"files": [], "average": None, "forgetting": nothing, "anchor": None} == record["measured"]
+    assert [] == record["stream"]
+    assert "not measured" in (run.layout.releases / "base" / "README.md").read_text()
+    with pytest.raises(UsageError, match="nothing has been trained yet"):
+        make(run, Order("cooled", "step:0"))
+
+
+def test_a_release_that_is_written_wrongly_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One bit of one weight: nothing is left of it."""
+    write = weights.save_file
+
+    def write_wrongly(tensors: dict[str, torch.Tensor], path: Any, **options: Any) -> None:
+        changed = {name: tensor.clone() for name, tensor in tensors.items()}
+        next(iter(changed.values())).view(torch.int32).flatten()[0] ^= 1
+        write(changed, path, **options)
+
+    monkeypatch.setattr(weights, "save_file", write_wrongly)
+    with pytest.raises(VerificationFailed):
+        make(run, Order("v1", cooldown=0))
+    assert not run.layout.releases.exists()
 
 
 def test_two_releases_of_one_name_never_mix(run: Run) -> None:
