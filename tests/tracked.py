@@ -21,6 +21,8 @@ class Store:
         self.told = threading.Event()
         self.when_marked: Callable[[], None] = lambda: None
         self.closed = 0
+        self.fails_to_close: str | None = None
+        self.was_closed = threading.Event()
 
     def open(self, run: TrackedRun) -> Recorder:
         self.runs.append(run)
@@ -52,6 +54,9 @@ class Recorder:
 
     def close(self) -> None:
         self._store.closed += 1
+        self._store.was_closed.set()
+        if self._store.fails_to_close is not None:
+            raise ConnectionError(self._store.fails_to_close)
 
 
 def shown(points: Sequence[Point]) -> list[tuple[int, float]]:

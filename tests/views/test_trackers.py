@@ -19,16 +19,33 @@ from onward.layout import RunLayout
 from onward.store.ledger import Ledger
 from onward.store.metrics import Metrics
 from onward.store.rows import StepRecord
+from onward.store.waiting import Waiting
 from onward.views.trackers.registry import BUILT_IN, find_tracker
-from onward.views.trackers.telling import follow, tell_once
-from onward.views.trackers.tracker import Factory
+from onward.views.trackers.telling import follow, make_feed, tell, tell_once
+from onward.views.trackers.tracker import Factory, TrackedRun, Tracker
 
 
 def tracked(tmp_path: Path, *names: str) -> RunLayout:
     """Return a run of one finished file whose config names trackers."""
     layout = made_up_run(tmp_path / "run", [("a.jsonl", 3)], float)
-    layout.config.write_text(f"model: smollm2-135m\ntrack: [{', '.join(names)}]\nnotify: {{url: http://secret}}\n")
+    configure(layout, *names)
     return layout
+
+
+def configure(layout: RunLayout, *names: str) -> None:
+    """Name trackers in the config of a run."""
+    text = f"model: smollm2-135m\ntrack: [{', '.join(names)}]\nnotify: {{url: http://secret}}\n"
+    (layout.root / "new.yaml").write_text(text)
+    (layout.root / "new.yaml").replace(layout.config)
+
+
+def train_one(layout: RunLayout) -> None:
+    """Add a file of one step to a run of three."""
+    with Ledger(layout.ledger) as ledger:
+        file_id = add_file(ledger, "b.jsonl", state="done", position=2, start_step=3, planned_steps=1)
+    metrics = Metrics(layout.ledger)
+    metrics.append(StepRecord(file_id, 4, 1, 0, 2, "d", 20, 10, 4.0, 1e-4, 0.5, 0.25))
+    metrics.close()
 
 
 def test_a_failure_is_told_once_and_so_is_its_end(tmp_path: Path) -> None:
@@ -55,6 +72,7 @@ def test_a_failure_is_told_once_and_so_is_its_end(tmp_path: Path) -> None:
     assert [1, 2, 3] == [point.step for point in other.points]
     assert {"notify.url", "notify.command"}.isdisjoint(store.runs[0].config)
     assert layout.trackers / "ours" == store.runs[0].folder
+    assert (4, 1) == (store.closed, other.closed)
 
 
 def test_it_follows_until_its_owner_ends_and_then_tells_the_rest(tmp_path: Path) -> None:
@@ -65,15 +83,118 @@ def test_it_follows_until_its_owner_ends_and_then_tells_the_rest(tmp_path: Path)
     )
     following.start()
     assert store.told.wait(60)
-    with Ledger(layout.ledger) as ledger:
-        file_id = add_file(ledger, "b.jsonl", state="done", position=2, start_step=3, planned_steps=1)
-        metrics = Metrics(layout.ledger)
-        metrics.append(StepRecord(file_id, 4, 1, 0, 2, "d", 20, 10, 4.0, 1e-4, 0.5, 0.25))
-        metrics.close()
+    train_one(layout)
     ended.set()
     following.join(60)
     assert not following.is_alive()
     assert [1, 2, 3, 4] == [point.step for point in store.points]
+
+
+def test_a_tracker_that_the_config_no_longer_names_is_let_go_and_a_new_one_begins(tmp_path: Path) -> None:
+    """While a process follows: the one gets what is left and is closed, the other everything from the first step on."""
+    layout, ended = tracked(tmp_path, "ours"), threading.Event()
+    stores = {"ours": Store(), "other": Store()}
+    following = threading.Thread(
+        target=lambda: follow(layout, ended, find=lambda name: stores[name].open, seconds=0.02), daemon=True
+    )
+    following.start()
+    assert stores["ours"].told.wait(60)
+    configure(layout, "other")
+    assert stores["ours"].was_closed.wait(60)
+    assert stores["other"].told.wait(60)
+    train_one(layout)
+    ended.set()
+    following.join(60)
+    assert not following.is_alive()
+    assert [1, 2, 3] == [point.step for point in stores["ours"].points]
+    assert [1, 2, 3, 4] == [point.step for point in stores["other"].points]
+    assert [1, 1] == [store.closed for store in stores.values()]
+
+
+def test_a_tracker_that_fails_is_tried_again_until_it_works(tmp_path: Path) -> None:
+    """By the process that follows, without anybody asking for it."""
+    layout, store, ended = tracked(tmp_path, "ours"), Store(), threading.Event()
+    store.fails = "no route to host"
+    following = threading.Thread(
+        target=lambda: follow(layout, ended, find=lambda name: store.open, seconds=0.001), daemon=True
+    )
+    following.start()
+    for _ in range(3):
+        assert store.was_closed.wait(60)
+        store.was_closed.clear()
+    store.fails = None
+    assert store.told.wait(60)
+    ended.set()
+    following.join(60)
+    assert [1, 2, 3] == [point.step for point in store.points]
+
+
+def test_a_ledger_that_takes_nothing_for_a_while_ends_no_telling(tmp_path: Path) -> None:
+    """As on a full disk: not even the failure can be recorded, and the next try sends the points."""
+    layout, store = tracked(tmp_path, "ours"), Store()
+    with Ledger(layout.ledger) as other, Ledger(layout.ledger, waiting=Waiting(0.0)) as ledger:
+        feed = make_feed(layout, ledger, "ours", lambda name: store.open)
+        with other.transaction():
+            other.put(x=1)
+            assert "OperationalError: database is locked" == tell(feed, ledger)
+        assert None is tell(feed, ledger)
+        assert [] == [event for event in ledger.events() if event.kind == "tracker"]
+    assert [1, 2, 3] == [point.step for point in store.points]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_ends_is_begun_again(tmp_path: Path) -> None:
+    """Whatever a tracker's library does in it."""
+    layout, store, ended, tries = tracked(tmp_path, "ours"), Store(), threading.Event(), iter(range(9))
+
+    def open_at_last(run: TrackedRun) -> Tracker:
+        if next(tries) < 2:
+            raise SystemExit
+        return store.open(run)
+
+    following = threading.Thread(
+        target=lambda: follow(layout, ended, find=lambda name: open_at_last, seconds=0.01), daemon=True
+    )
+    following.start()
+    assert store.told.wait(60)
+    ended.set()
+    following.join(60)
+    assert [1, 2, 3] == [point.step for point in store.points]
+
+
+def test_what_fails_when_it_is_closed_is_recorded_in_a_printable_line(tmp_path: Path) -> None:
+    """Cut to a length that a terminal shows; what was told stays told."""
+    layout, store = tracked(tmp_path, "ours"), Store()
+    store.fails_to_close = "\x1b[2J" + "x" * 1000
+    assert {"ours": None} == tell_once(layout, ["ours"], lambda name: store.open)
+    with Ledger(layout.ledger, read_only=True) as ledger:
+        row = ledger.tracker("ours")
+    assert row is not None
+    assert (3, f"ConnectionError: \\x1b[2J{'x' * 1000}"[:300]) == (row.step, row.problem)
+    store.fails_to_close = None
+    train_one(layout)
+    assert {"ours": None} == tell_once(layout, ["ours"], lambda name: store.open)
+    assert [1, 2, 3, 4] == [point.step for point in store.points]
+
+
+def test_a_run_is_named_by_its_directory_and_its_id(tmp_path: Path) -> None:
+    """Of the directory's name only what every tracker takes."""
+    layout, store = tracked(tmp_path, "ours"), Store()
+    moved = RunLayout(layout.root.rename(tmp_path / "my r\u00fcn/2".replace("/", ":")))
+    with Ledger(moved.ledger) as ledger:
+        ledger.put(run="0123456789abcdef")
+    tell_once(moved, ["ours"], lambda name: store.open)
+    (run,) = store.runs
+    assert ("0123456789abcdef", "my_r_n_2-01234567", None) == (run.id, run.name, run.known_as)
+
+
+def test_who_finds_another_process_telling_ends_when_asked_to(tmp_path: Path) -> None:
+    """It waits for that one to be done, and tells nothing meanwhile."""
+    layout, store, ended = tracked(tmp_path, "ours"), Store(), threading.Event()
+    ended.set()
+    with FileLock(layout.track_lock):
+        follow(layout, ended, find=lambda name: store.open)
+    assert [] == store.points
 
 
 def test_one_process_tells(tmp_path: Path) -> None:
