@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from commands import assert_refused, onward
-from faults import copy_run, without_links
+from faults import copy_run
 from processes import apart
 from trait_templates import template_text
 
@@ -25,7 +25,6 @@ from onward.errors import UsageError
 from onward.layout import RunLayout
 from onward.service.lock import RunLock
 from onward.training.model.load import causal_lm
-from onward.views.chat.conversation import save_row
 from onward.views.chat.engine import Engine
 from onward.views.chat.pieces import Pieces
 from onward.views.chat.prompts import Prompts
@@ -282,19 +281,6 @@ def test_a_conversation(stream: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert 3 <= len(seen.out.splitlines())
     run = Run(layout.root)
     assert ["done"] == [entry["state"] for entry in run.train(saved)]  # what was saved is a file that can be trained
-
-
-@pytest.mark.parametrize("links", [True, False])
-def test_rows_saved_in_one_second_are_several_files(
-    stream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
-) -> None:
-    """A name in the inbox is never taken twice, also on a file system without hard links."""
-    layout = RunLayout(copy_run(stream, tmp_path / "run"))
-    if not links:
-        monkeypatch.setattr(os, "link", without_links)
-    saved = {save_row({"text": "x"}, layout) for _ in range(3)}
-    assert 3 == len(saved)
-    assert saved == set(layout.inbox.iterdir())
 
 
 def test_it_goes_on_to_newer_commits(stream: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
