@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +25,7 @@ from onward.data.rows.template import ChatTemplate
 from onward.errors import UsageError
 from onward.layout import RunLayout
 from onward.service.lock import RunLock
+from onward.training.model.base import TOKENIZER
 from onward.training.model.load import causal_lm
 from onward.views.chat.engine import Engine
 from onward.views.chat.pieces import Pieces
@@ -211,12 +213,23 @@ def test_a_whole_model_is_replaced(model: Path, tmp_path: Path) -> None:
         assert 1 == engine.reply(QUESTION, GREEDY).outcome.step
 
 
-def test_another_base_is_refused(stream: Path, model: Path, tmp_path: Path) -> None:
-    """An adapter goes only on the base whose digest it was trained on."""
+@pytest.mark.parametrize("release", [False, True])
+def test_another_base_is_refused(stream: Path, model: Path, tmp_path: Path, release: bool) -> None:
+    """An adapter goes only on the base whose digest it was trained on, that of a release like any other."""
     layout = RunLayout(copy_run(stream, tmp_path / "run"))
+    at = ["--at", "v1"] if release else []
+    if release:
+        shutil.copytree(layout.boundary(3), layout.releases / "v1")
+        (layout.releases / "v1" / "onward.json").unlink()
+        for name in TOKENIZER:
+            (layout.releases / "v1" / name).unlink(missing_ok=True)
+        with hold(layout, "v1") as point, hold(layout, "step:3") as same:
+            assert load(layout, point).tokenizer == load(layout, same).tokenizer  # the run's, with its template
     other = tiny.save_tiny_model(tmp_path / "other", seed=1)
     layout.config.write_text(layout.config.read_text().replace(str(model), str(other)))
-    assert_refused(onward("chat", "--message", "Hi", "--run", layout.root), 1, "is not the one on which this adapter")
+    assert_refused(
+        onward("chat", *at, "--message", "Hi", "--run", layout.root), 1, "is not the one on which this adapter"
+    )
 
 
 def test_control_characters_never_reach_the_terminal(stream: Path) -> None:
