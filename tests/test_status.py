@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ledgers import add_file, made_up_run
 
+from onward.errors import UsageError
 from onward.layout import RunLayout
 from onward.service.lock import RunLock
 from onward.service.shown import BUSY, DOING
-from onward.status import PACE, read_history, read_status
+from onward.status import PACE, read_grid, read_history, read_status, recent_events
 from onward.store.ledger import Ledger
 from onward.store.metrics import Metrics
 from onward.store.rows import StepRecord
@@ -110,6 +111,30 @@ def test_between_two_files_the_last_steps_are_those_of_the_one_before(tmp_path: 
     assert ("idle", "no process owns the run, and no file is waiting", 0, None) == tuple(
         found[key] for key in ("state", "doing", "global_step", "loss")
     )
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_file_that_has_taken_no_step_yet_has_no_figures(tmp_path: Path, held: bool) -> None:
+    """The run is where it was committed, and nothing is known of the pace."""
+    layout = made_up_run(tmp_path / "run", [("a.jsonl", 3)], float)
+    with Ledger(layout.ledger) as ledger:
+        file_id = add_file(ledger, "b.jsonl", state="training", position=2, start_step=3, planned_steps=PLANNED)
+        made = ledger.begin_checkpoint(step=3, file_id=file_id, boundary=1, state_digest="d", basis="b")
+        ledger.commit_checkpoint(made, size=1, seconds=0.1)
+    with owned(layout, held=held, state="training"):
+        found = read_status(layout)
+    assert {
+        "global_step": 3, "file": "b.jsonl", "file_step": 0, "file_steps": PLANNED, "loss": None, "learning_rate": None,
+        "tokens_per_second": None, "eta_seconds": None,
+    }.items() <= found.items()  # fmt: skip
+
+
+@pytest.mark.parametrize("look", [read_status, read_history, read_grid, recent_events])
+def test_where_there_is_no_run_there_is_nothing_to_look_at(look: Callable[[RunLayout], Any], tmp_path: Path) -> None:
+    """That is said, and nothing is made there."""
+    with pytest.raises(UsageError, match="there is no run"):
+        look(RunLayout(tmp_path))
+    assert [] == list(tmp_path.iterdir())
 
 
 CONTINUES = "no process owns the run; onward train or onward watch continues it"
