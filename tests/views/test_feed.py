@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,17 @@ def test_one_that_may_hold_more_than_it_says_is_not_told_again(tmp_path: Path, c
         ledger.write("UPDATE trackers SET step = ?", cursor)
         feed_of(ledger, store).tell()
     assert told == [point.step for point in store.points]
+
+
+def test_a_tracker_that_is_ahead_of_a_ledger_that_was_set_back_is_not_told_again(tmp_path: Path) -> None:
+    """It followed a rollback that the ledger no longer knows of: what it has cannot be named, so nothing is doubled."""
+    layout, store = made_up_run(tmp_path / "run", [("a.jsonl", 4)], float), Store()
+    with Ledger(layout.ledger) as ledger:
+        feed_of(ledger, store).tell()
+        store.points[-1] = replace(store.points[-1], values={**store.points[-1].values, "rollbacks": 1.0})
+        ledger.write("UPDATE trackers SET step = 3")
+        feed_of(ledger, store).tell()
+    assert [1, 2, 3, 4, 4] == [point.step for point in store.points]
 
 
 def test_a_rollback_is_marked_once_and_one_in_the_middle_of_another_is_followed_too(tmp_path: Path) -> None:
