@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -89,17 +90,21 @@ def test_draws_have_the_model_s_probabilities() -> None:
         assert {0, 1} == drawn
 
 
-def test_impossible_settings_are_refused() -> None:
-    """Each with what is possible."""
-    for setting in (
-        {"temperature": -1.0},
-        {"top_p": 0.0},
-        {"top_k": -1},
-        {"max_tokens": 0},
-        {"temperature": float("nan")},
-    ):
-        with pytest.raises(UsageError, match="cannot be"):
-            Sampling(**setting)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("name", "least", "most", "below", "above"),
+    [
+        ("temperature", 0.0, 100.0, -1e-9, 100.001), ("top_p", 1e-9, 1.0, 0.0, 1.001),
+        ("top_k", 0, 10**6, -1, math.nan), ("max_tokens", 1, 10**6, 0, math.nan),
+        ("seed", -(2**63), 2**63 - 1, -(2**63) - 1, 2**63),
+    ],
+)  # fmt: skip
+def test_impossible_settings_are_refused(name: str, least: float, most: float, below: float, above: float) -> None:
+    """Each with what is possible; its limits are."""
+    for value in (least, most):
+        Sampling(**{name: value}).processors(torch.device("cpu"))  # type: ignore[arg-type]
+    for value in (below, above, math.nan):
+        with pytest.raises(UsageError, match=f"{name} cannot be"):
+            Sampling(**{name: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", [None, *tiny.TOKENIZERS])
