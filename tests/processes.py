@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -150,5 +151,6 @@ def kill_after(process: BaseProcess, seconds: float, number: signal.Signals = si
 
 
 def open_descriptors() -> int:
-    """Return how many files, folders and the like this process has open."""
+    """Return how many files, folders and the like this process has open, but for what is garbage."""
+    gc.collect()
     return len(list(Path("/proc/self/fd").iterdir()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from runs import new_run
 
 from onward import Run
 from onward.errors import ConfigError, UsageError
-from onward.service.wishes import Wishes
+from onward.service.wishes import Stopped, Wishes
 from onward.views.compare import FIGURES, Comparison, Outcome, Trial, Trials, Variant, figures_of, lines, parse_variants
 
 
@@ -37,7 +38,9 @@ def test_a_lead_is_judged_by_its_noise_over_orders_of_rows() -> None:
 
 
 def test_a_lead_below_the_noise_is_no_difference() -> None:
-    """A variant that is better in one order and worse in another has not won."""
+    """A variant that is better in one order and worse in another has not won, nor one that leads by just the noise."""
+    equal = comparison(outcome("a", 2.0, 4.0), outcome("b", 1.5, 2.5))
+    assert (1.0, 1.0, False) == (equal.lead, equal.noise, equal.is_decided)
     found = comparison(outcome("a", 2.0, 4.0), outcome("b", 1.0, 4.5))
     assert not found.is_decided
     assert "no difference above the noise: b is lower by 0.2500, noise 1.5000" == list(lines(found))[-1]
@@ -62,6 +65,7 @@ def test_what_was_not_measured_is_said() -> None:
     [
         (["boundary=carry"], UsageError, "at least two different settings"),
         (["boundary=carry", "boundary=carry"], UsageError, "at least two different settings"),
+        (["boundary=carry", "boundary=rewarm", "boundary=carry"], UsageError, "at least two different settings"),
         (["seed=1", "seed=2"], ConfigError, "is locked"),
         (["lora.rank=4", "lora.rank=8"], ConfigError, "is locked"),
         (["save_steps=1", "save_steps=2"], ConfigError, "changes no weight"),
@@ -83,7 +87,7 @@ def test_without_a_finished_file_there_is_nothing_to_compare_on(model: Path, tmp
 
 def test_settings_that_belong_together_are_one_variant() -> None:
     """Semicolons join them; each is read as in `--set`."""
-    together, alone = parse_variants(["learning_rate=0.001;warmup_steps=3", "warmup_steps=0"])
+    together, alone = parse_variants(["learning_rate=0.001; warmup_steps=3", "warmup_steps=0"])
     assert {"learning_rate": 1e-3, "warmup_steps": 3} == dict(together.settings)
     assert {"warmup_steps": 0} == dict(alone.settings)
 
@@ -120,9 +124,10 @@ def test_a_trial_is_what_the_run_would_be_under_those_settings(
     """To the last bit: its own settings in its own order give the run's own figures, others those of a run that had
     them from there on; another order of rows gives others, the same for every variant. The run is not touched.
     """
-    before = snapshot(trained.layout.root)
+    before, said = snapshot(trained.layout.root), list[str]()
     variants = parse_variants(["learning_rate=0.05", "learning_rate=0.01;epochs=2"])
-    found = trials(1, 2).compare(trained.layout, variants)
+    found = replace(trials(1, 2), report=said.append).compare(trained.layout, variants)
+    assert [f"{variant.text}: training {order} of 2" for variant in variants for order in (1, 2)] == said
     assert before == snapshot(trained.layout.root)
     assert (4, ("9.jsonl",)) == (found.step, found.files)
     own, other = (outcome.trials for outcome in found.outcomes)
@@ -137,7 +142,19 @@ def test_a_trial_is_what_the_run_would_be_under_those_settings(
     assert figures_of(twin.layout) == other[0].figures
 
 
-@pytest.mark.parametrize(("last", "hint"), [(2, "The restore points allow: --last 1."), (4, "--last 1")])
+def test_a_stop_ends_the_comparison_with_the_training_in_which_it_came(trained: Run) -> None:
+    """What that one had trained is no trial."""
+    stop, said = Wishes(), list[str]()
+    cut = Trials(1, 2, lambda _: stop.ask("test"), said.append, stop)
+    with pytest.raises(Stopped):
+        cut.compare(trained.layout, parse_variants(["epochs=2", "epochs=3"]))
+    assert 1 == len(said)
+    assert [] == list(trained.layout.reading.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("last", "hint"), [*((last, "The restore points allow: --last 1.") for last in (2, 3)), (4, "--last 1")]
+)
 def test_what_cannot_be_trained_again_is_refused(trained: Run, last: int, hint: str) -> None:
     """More files than there are, or than there are restore points before; the hint says how many can be."""
     with pytest.raises(UsageError) as refused:
@@ -147,12 +164,15 @@ def test_what_cannot_be_trained_again_is_refused(trained: Run, last: int, hint: 
 
 def test_a_comparison_for_people() -> None:
     """The best variant comes first; each figure is its mean with half of its spread, what was not measured a dash."""
-    found = comparison(outcome("long name", 2.0, 4.0), outcome("b", 1.5, 3.25), outcome("c", None, 1.0))
+    found = comparison(
+        outcome("long name", 2.0, 4.0), outcome("b", 1.5, 3.25), outcome("c", None, 1.0), outcome("d", 5.0, None)
+    )
     heads = ("average", "forgetting", "worst", "anchor", "behind the best")
     rows = [
         ("c", "1.0000", "-", "-", "-", ""),
         ("b", "2.3750 +- 0.8750", "-", "-", "-", "2.2500"),
         ("long name", "3.0000 +- 1.0000", "-", "-", "-", "3.0000"),
+        ("d", "5.0000", "-", "-", "-", "-"),
     ]
     expected = [f"{row[0]:9}" + "".join(f"{cell:>20}" for cell in row[1:]) for row in (("", *heads), *rows)]
     assert expected == list(lines(found))[:-1]
