@@ -337,13 +337,13 @@ def test_beside_a_process_that_trains(stream: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_without_a_chat_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The model goes on with what is typed, and a saved row is a prompt with its completion."""
+    """The model goes on with what is typed, and a saved row is the last prompt with its completion."""
     base = tiny.save_tiny_model(tmp_path / "base", tokenizer=tiny.byte_tokenizer(None))
     run = Run.create(tmp_path / "run", str(base), batch_size=2, lora={"rank": 2})
     run.train(tiny.write_jsonl(tmp_path / "a.jsonl", [{"text": "the river runs past the house"}]))
     with Chat(run.layout, Asking([None], GREEDY, seed=0), give_way) as chat:
-        chat.talk(iter(["the river", f"/save {tmp_path / 's.jsonl'}"]))
-        prompt = chat.once("the river")[0]["prompt_tokens"]
-    assert len("the river") == prompt
-    assert ["prompt", "completion"] == list(json.loads((tmp_path / "s.jsonl").read_text()))
+        chat.talk(iter(["the house", "the river", f"/save {tmp_path / 's.jsonl'}"]))
+        (answer,) = chat.once("the river")
+    assert len("the river") == answer["prompt_tokens"]
+    assert ["the river", answer["answer"]] == list(json.loads((tmp_path / "s.jsonl").read_text()).values())
     assert "no chat template" in capsys.readouterr().err
