@@ -149,6 +149,7 @@ def test_a_release_is_found_by_its_name(layout: RunLayout) -> None:
         shutil.copytree(layout.boundary(3), layout.releases / name)
     with hold(layout, "v1") as point:
         assert ("release v1", 3, "v1") == (point.label, point.step, point.release)
+        assert not {"optimizer.pt", "trainer_state.json"} & {path.name for path in point.folder.iterdir()}
     with hold(layout, "v1", whole=True) as point:
         assert {path.name for path in layout.boundary(3).iterdir()} == {path.name for path in point.folder.iterdir()}
     (layout.releases / "v1" / "onward.json").unlink()  # made by other means: nothing to verify it with
