@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -147,3 +148,9 @@ def kill_after(process: BaseProcess, seconds: float, number: signal.Signals = si
         os.kill(process.pid, number)
     process.join()
     return running
+
+
+def open_descriptors() -> int:
+    """Return how many files, folders and the like this process has open, but for what is garbage."""
+    gc.collect()
+    return len(list(Path("/proc/self/fd").iterdir()))

@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections import namedtuple
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,7 @@ from onward.service.holder import read_heartbeat
 from onward.service.owner import disk
 from onward.service.owner.alongside.heartbeat import Heartbeat
 from onward.service.owner.crashes import Crash, Deaths
+from onward.service.pauses import LONGEST, pause_after
 from onward.service.proof.doctor.examination import examine
 from onward.service.wishes import Wishes
 from onward.status import read_status
@@ -204,8 +206,19 @@ def test_deaths_in_one_file_are_counted(run: Run, before: int, refused: int, sta
 
 
 def test_a_process_waits_longer_after_each_death_from_the_third_on() -> None:
-    """The first deaths in one place cost no time; then each wait is twice the one before."""
-    assert [0, 0, 0, 2, 4, 8] == [Crash("training", None, Deaths(count=count)).waits for count in range(6)]
+    """The first deaths in one place cost no time; then each wait is twice the one before, up to five minutes."""
+    counts = (*range(6), 10, 11, 2000)
+    waits = [Crash("training", None, Deaths(count=count)).waits for count in counts]
+    assert [0, 0, 0, 2, 4, 8, 256, 300, 300] == waits
+
+
+@pytest.mark.parametrize("first", [0.05, 1.0, 2.0, 10.0])
+def test_pauses_double_up_to_a_limit_whatever_fails_for_however_long(first: float) -> None:
+    """A disk that is full for an hour, or a server that is gone for a month, fails more often than a float doubles."""
+    pauses = [pause_after(failures, first) for failures in (*range(1, 2000), 10**6, 10**400)]
+    assert [first, 2 * first, 4 * first] == pauses[:3]
+    assert all(after == min(2 * before, LONGEST) for before, after in pairwise(pauses))
+    assert 300.0 == pauses[-1] == LONGEST
 
 
 @pytest.mark.parametrize("missing", [0, 1])

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
+import pytest
 from ledgers import made_up_run
+from rich.cells import cell_len
 
 from onward.service.knowledge.table import Column, Table, read_newest, read_table
 from onward.store.ledger import Ledger
-from onward.views.grid import ON_PAPER, grid_csv, grid_lines, grid_svg
+from onward.views.grid import ON_PAPER, ON_SCREEN, grid_csv, grid_lines, grid_svg
+
+DAY = "\u65e5"
+"""A character as wide as two others."""
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 def score(loss: float, rows: tuple[int, ...] = (1, 2), *, trained: bool = False) -> dict[str, Any]:
@@ -92,6 +101,106 @@ def test_the_grid_as_text_csv_and_picture() -> None:
     picture = grid_svg(grid)
     assert (True, False, False) == ("&lt;a&gt;" in picture, "<a>" in picture, "\x1b" in picture)
     assert 4 * 5 == picture.count("<rect") - 1
+
+
+def test_the_table_is_aligned_with_its_figures_under_it() -> None:
+    """Names to the left, numbers to the right, whatever width the characters of a name have."""
+    grid = TABLE.to_dict()
+    assert [
+        "loss after  1 a.jsonl  2 b.jsonl  3 c.jsonl*  q.jsonl  anchor",
+        "base           4.0000     5.0000      6.0000        -  0.0000",
+        "1 a.jsonl      2.0000     4.5000           -        -  0.1000",
+        "2 b.jsonl      1.5000     3.0000      5.0000   9.0000       -",
+        "3 c.jsonl      2.5000          -      1.0000   8.0000  0.3000",
+        "",
+        "average loss now   1.7500",
+        "forgetting         1.0000 mean, worst 1.0000 (file 1, a.jsonl)",
+        "transfer           -0.7500 (loss on a file before it was trained, minus the base's)",
+        "* measured on rows that were trained: retention, not generalization",
+    ] == grid_lines(grid)
+    for file in grid["files"]:
+        file["trained"] = False
+    grid["files"][0]["name"], grid["files"][1]["name"] = DAY * 8, f"{DAY * 8}x"
+    lines = grid_lines({**grid, "forgetting": {"mean": None, "worst": None, "file": None}})
+    assert 1 == len({cell_len(line) for line in lines[:5]})
+    assert f"1 {DAY * 8}  2 {DAY * 7} \u2026" in lines[0]
+    assert ["", "forgetting         - mean"] == [lines[5], lines[7]]
+    assert "transfer" in lines[-1]
+    assert grid_csv(TABLE.to_dict()).startswith(
+        "after,1 a.jsonl,2 b.jsonl,3 c.jsonl,q.jsonl,anchor\n0,4.0,5.0,6.0,,0.0\n"
+    )
+
+
+def test_the_picture_has_each_cell_in_its_place_and_colour() -> None:
+    """In a column the lowest loss is lightest, the highest darkest, and text is of the other kind; nothing overlaps,
+    and nothing is outside.
+    """
+    grid = TABLE.to_dict()
+    grid["loss"][3][3] = grid["loss"][2][3]  # a column of equal losses
+    drawn = ElementTree.fromstring(grid_svg(grid))
+    width, height = (int(drawn.attrib[name]) for name in ("width", "height"))
+    assert f"0 0 {width} {height}" == drawn.attrib["viewBox"]
+    sheet, *cells = drawn.iter(f"{SVG}rect")
+    assert (width, height) == (int(sheet.attrib["width"]), int(sheet.attrib["height"]))
+    boxes = [tuple(int(cell.attrib[name]) for name in ("x", "y", "width", "height")) for cell in cells]
+    xs, ys = sorted({box[0] for box in boxes}), sorted({box[1] for box in boxes})
+    assert [(x, y) for y in ys for x in xs] == [box[:2] for box in boxes]
+    assert all(after - x > wide > 0 for (x, _, wide, _), after in zip(boxes, (*xs[1:], width), strict=False))
+    assert all(after - y > high > 0 for y, after in pairwise((*ys, height)) for high in {box[3] for box in boxes})
+    texts = [text for text in drawn.iter(f"{SVG}text") if text.attrib.get("text-anchor") == "middle"]
+    places = {(int(text.attrib["x"]), int(text.attrib["y"])): text for text in texts}
+    values = [value for row, anchor in zip(grid["loss"], grid["anchor"], strict=True) for value in (*row, anchor)]
+    shown: dict[int, list[tuple[float, int]]] = {}
+    for value, cell, (x, y, wide, high) in zip(values, cells, boxes, strict=True):
+        inside = [text for (left, low), text in places.items() if left == x + wide // 2 and y < low < y + high]
+        assert ([] if value is None else [f"{value:.4f}"]) == [text.text for text in inside]
+        if value is None:
+            assert "none" == cell.attrib["fill"]
+            continue
+        colour = cell.attrib["fill"]
+        light = sum(int(colour[at : at + 2], 16) for at in (1, 3, 5))
+        shown.setdefault(x, []).append((value, light))
+        assert "#ffffff" == inside[0].attrib["fill"] or light > 3 * 128
+    lightest, darkest = sum(bytes.fromhex("ecf3fa")), sum(bytes.fromhex("0c3e7a"))
+    for column in shown.values():
+        lights = [light for _, light in sorted(column)]
+        assert sorted(lights, reverse=True) == lights
+        assert [lightest, darkest if column[0][0] != column[-1][0] else lightest] == [lights[0], lights[-1]]
+    assert "#bfcfe0" == cells[5].attrib["fill"]  # 2.0 between 1.5 and 4.0
+
+
+def test_names_in_the_picture_stand_at_their_rows_and_columns() -> None:
+    """Each over its column or beside its row."""
+    drawn = ElementTree.fromstring(grid_svg(TABLE.to_dict()))
+    _, *cells = drawn.iter(f"{SVG}rect")
+    heads = {text.text: text.attrib["transform"] for text in drawn.iter(f"{SVG}text") if "transform" in text.attrib}
+    for name, cell in zip(("1 a.jsonl", "2 b.jsonl", "3 c.jsonl*", "q.jsonl", "anchor"), cells, strict=False):
+        x, y = (int(number) for number in re.findall(r"\d+", heads[name])[:2])
+        assert int(cell.attrib["x"]) < x < int(cell.attrib["x"]) + int(cell.attrib["width"])
+        assert 0 < y < int(cell.attrib["y"])
+    sides = [text for text in drawn.iter(f"{SVG}text") if text.attrib.get("text-anchor") == "end"]
+    assert ["base", "1 a.jsonl", "2 b.jsonl", "3 c.jsonl"] == [text.text for text in sides]
+    for text, cell in zip(sides, cells[::5], strict=True):
+        assert 0 < int(text.attrib["x"]) < int(cell.attrib["x"])
+        assert int(cell.attrib["y"]) < int(text.attrib["y"]) < int(cell.attrib["y"]) + int(cell.attrib["height"])
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (ON_SCREEN, None),
+        (ON_SCREEN + 1, "1 earlier file is not shown; "),
+        (ON_SCREEN + 2, "2 earlier files are not shown; "),
+    ],
+)
+def test_what_is_left_out_is_counted(files: int, words: str | None) -> None:
+    """One or several; nothing is said if all are there."""
+    columns = [Column(str(place), place, f"{place}.jsonl") for place in range(1, files + 1)]
+    rows = [{}, *({column.key: score(1.0)} for column in columns)]
+    lines = grid_lines(Table(columns, list(range(files + 1)), rows, [None] * (files + 1)).to_dict())
+    said = [line for line in lines if "not shown" in line]
+    assert ([] if words is None else [words]) == [line[: len(words or "")] for line in said]
+    assert min(files, ON_SCREEN) + 2 == lines.index("") - len(said)
 
 
 def test_a_table_of_many_files_is_shown_for_the_newest() -> None:

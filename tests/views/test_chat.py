@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +14,7 @@ import pytest
 import tiny
 import torch
 from commands import assert_refused, onward
-from faults import copy_run, without_links
+from faults import copy_run
 from processes import apart
 from trait_templates import template_text
 
@@ -24,8 +26,8 @@ from onward.data.rows.template import ChatTemplate
 from onward.errors import UsageError
 from onward.layout import RunLayout
 from onward.service.lock import RunLock
+from onward.training.model.base import TOKENIZER
 from onward.training.model.load import causal_lm
-from onward.views.chat.conversation import save_row
 from onward.views.chat.engine import Engine
 from onward.views.chat.pieces import Pieces
 from onward.views.chat.prompts import Prompts
@@ -88,17 +90,21 @@ def test_draws_have_the_model_s_probabilities() -> None:
         assert {0, 1} == drawn
 
 
-def test_impossible_settings_are_refused() -> None:
-    """Each with what is possible."""
-    for setting in (
-        {"temperature": -1.0},
-        {"top_p": 0.0},
-        {"top_k": -1},
-        {"max_tokens": 0},
-        {"temperature": float("nan")},
-    ):
-        with pytest.raises(UsageError, match="cannot be"):
-            Sampling(**setting)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("name", "least", "most", "below", "above"),
+    [
+        ("temperature", 0.0, 100.0, -1e-9, 100.001), ("top_p", 1e-9, 1.0, 0.0, 1.001),
+        ("top_k", 0, 10**6, -1, math.nan), ("max_tokens", 1, 10**6, 0, math.nan),
+        ("seed", -(2**63), 2**63 - 1, -(2**63) - 1, 2**63),
+    ],
+)  # fmt: skip
+def test_impossible_settings_are_refused(name: str, least: float, most: float, below: float, above: float) -> None:
+    """Each with what is possible; its limits are."""
+    for value in (least, most):
+        Sampling(**{name: value}).processors(torch.device("cpu"))  # type: ignore[arg-type]
+    for value in (below, above, math.nan):
+        with pytest.raises(UsageError, match=f"{name} cannot be"):
+            Sampling(**{name: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", [None, *tiny.TOKENIZERS])
@@ -212,12 +218,23 @@ def test_a_whole_model_is_replaced(model: Path, tmp_path: Path) -> None:
         assert 1 == engine.reply(QUESTION, GREEDY).outcome.step
 
 
-def test_another_base_is_refused(stream: Path, model: Path, tmp_path: Path) -> None:
-    """An adapter goes only on the base whose digest it was trained on."""
+@pytest.mark.parametrize("release", [False, True])
+def test_another_base_is_refused(stream: Path, model: Path, tmp_path: Path, release: bool) -> None:
+    """An adapter goes only on the base whose digest it was trained on, that of a release like any other."""
     layout = RunLayout(copy_run(stream, tmp_path / "run"))
+    at = ["--at", "v1"] if release else []
+    if release:
+        shutil.copytree(layout.boundary(3), layout.releases / "v1")
+        (layout.releases / "v1" / "onward.json").unlink()
+        for name in TOKENIZER:
+            (layout.releases / "v1" / name).unlink(missing_ok=True)
+        with hold(layout, "v1") as point, hold(layout, "step:3") as same:
+            assert load(layout, point).tokenizer == load(layout, same).tokenizer  # the run's, with its template
     other = tiny.save_tiny_model(tmp_path / "other", seed=1)
     layout.config.write_text(layout.config.read_text().replace(str(model), str(other)))
-    assert_refused(onward("chat", "--message", "Hi", "--run", layout.root), 1, "is not the one on which this adapter")
+    assert_refused(
+        onward("chat", *at, "--message", "Hi", "--run", layout.root), 1, "is not the one on which this adapter"
+    )
 
 
 def test_control_characters_never_reach_the_terminal(stream: Path) -> None:
@@ -284,19 +301,6 @@ def test_a_conversation(stream: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert ["done"] == [entry["state"] for entry in run.train(saved)]  # what was saved is a file that can be trained
 
 
-@pytest.mark.parametrize("links", [True, False])
-def test_rows_saved_in_one_second_are_several_files(
-    stream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
-) -> None:
-    """A name in the inbox is never taken twice, also on a file system without hard links."""
-    layout = RunLayout(copy_run(stream, tmp_path / "run"))
-    if not links:
-        monkeypatch.setattr(os, "link", without_links)
-    saved = {save_row({"text": "x"}, layout) for _ in range(3)}
-    assert 3 == len(saved)
-    assert saved == set(layout.inbox.iterdir())
-
-
 def test_it_goes_on_to_newer_commits(stream: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With `--refresh` each message is answered by the newest commit; without it by the one that was loaded."""
     layout = RunLayout(copy_run(stream, tmp_path / "run"))
@@ -333,13 +337,13 @@ def test_beside_a_process_that_trains(stream: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_without_a_chat_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The model goes on with what is typed, and a saved row is a prompt with its completion."""
+    """The model goes on with what is typed, and a saved row is the last prompt with its completion."""
     base = tiny.save_tiny_model(tmp_path / "base", tokenizer=tiny.byte_tokenizer(None))
     run = Run.create(tmp_path / "run", str(base), batch_size=2, lora={"rank": 2})
     run.train(tiny.write_jsonl(tmp_path / "a.jsonl", [{"text": "the river runs past the house"}]))
     with Chat(run.layout, Asking([None], GREEDY, seed=0), give_way) as chat:
-        chat.talk(iter(["the river", f"/save {tmp_path / 's.jsonl'}"]))
-        prompt = chat.once("the river")[0]["prompt_tokens"]
-    assert len("the river") == prompt
-    assert ["prompt", "completion"] == list(json.loads((tmp_path / "s.jsonl").read_text()))
+        chat.talk(iter(["the house", "the river", f"/save {tmp_path / 's.jsonl'}"]))
+        (answer,) = chat.once("the river")
+    assert len("the river") == answer["prompt_tokens"]
+    assert ["the river", answer["answer"]] == list(json.loads((tmp_path / "s.jsonl").read_text()).values())
     assert "no chat template" in capsys.readouterr().err

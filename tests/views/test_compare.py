@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from commands import assert_refused, onward
+import tiny
+from commands import assert_refused, onward, snapshot
+from daemons import configure
 from runs import new_run
 
+from onward import Run
 from onward.errors import ConfigError, UsageError
-from onward.views.compare import FIGURES, Comparison, Outcome, Trial, Variant, lines, parse_variants
+from onward.service.wishes import Stopped, Wishes
+from onward.views.compare import FIGURES, Comparison, Outcome, Trial, Trials, Variant, figures_of, lines, parse_variants
 
 
 def outcome(text: str, *averages: float | None) -> Outcome:
@@ -32,7 +38,9 @@ def test_a_lead_is_judged_by_its_noise_over_orders_of_rows() -> None:
 
 
 def test_a_lead_below_the_noise_is_no_difference() -> None:
-    """A variant that is better in one order and worse in another has not won."""
+    """A variant that is better in one order and worse in another has not won, nor one that leads by just the noise."""
+    equal = comparison(outcome("a", 2.0, 4.0), outcome("b", 1.5, 2.5))
+    assert (1.0, 1.0, False) == (equal.lead, equal.noise, equal.is_decided)
     found = comparison(outcome("a", 2.0, 4.0), outcome("b", 1.0, 4.5))
     assert not found.is_decided
     assert "no difference above the noise: b is lower by 0.2500, noise 1.5000" == list(lines(found))[-1]
@@ -57,6 +65,7 @@ def test_what_was_not_measured_is_said() -> None:
     [
         (["boundary=carry"], UsageError, "at least two different settings"),
         (["boundary=carry", "boundary=carry"], UsageError, "at least two different settings"),
+        (["boundary=carry", "boundary=rewarm", "boundary=carry"], UsageError, "at least two different settings"),
         (["seed=1", "seed=2"], ConfigError, "is locked"),
         (["lora.rank=4", "lora.rank=8"], ConfigError, "is locked"),
         (["save_steps=1", "save_steps=2"], ConfigError, "changes no weight"),
@@ -78,6 +87,92 @@ def test_without_a_finished_file_there_is_nothing_to_compare_on(model: Path, tmp
 
 def test_settings_that_belong_together_are_one_variant() -> None:
     """Semicolons join them; each is read as in `--set`."""
-    together, alone = parse_variants(["learning_rate=0.001;warmup_steps=3", "warmup_steps=0"])
+    together, alone = parse_variants(["learning_rate=0.001; warmup_steps=3", "warmup_steps=0"])
     assert {"learning_rate": 1e-3, "warmup_steps": 3} == dict(together.settings)
     assert {"warmup_steps": 0} == dict(alone.settings)
+
+
+SETTINGS: dict[str, Any] = {
+    "batch_size": 4, "max_length": 128, "warmup_steps": 0, "learning_rate": 0.05, "lora": {"rank": 2},
+    "evaluation": {"share": 1}, "anchor": {"rows": 2, "tokens": 8}, "keep_boundaries": 1, "keep_days": 0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three files."""
+    folder = tmp_path_factory.mktemp("files")
+    return [tiny.write_jsonl(folder / f"{n}.jsonl", tiny.chat_rows(n, seed=n)) for n in (6, 5, 9)]
+
+
+@pytest.fixture(scope="module")
+def trained(model: Path, files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of these files; the boundary before the last one is kept."""
+    run = new_run(tmp_path_factory.mktemp("compare") / "run", model, **SETTINGS)
+    run.train(*files)
+    return run
+
+
+def trials(last: int, orders: int = 1) -> Trials:
+    """How variants are tried, silently."""
+    return Trials(last, orders, lambda _: None, lambda _: None, Wishes())
+
+
+def test_a_trial_is_what_the_run_would_be_under_those_settings(
+    trained: Run, files: list[Path], model: Path, tmp_path: Path
+) -> None:
+    """To the last bit: its own settings in its own order give the run's own figures, others those of a run that had
+    them from there on; another order of rows gives others, the same for every variant. The run is not touched.
+    """
+    before, said = snapshot(trained.layout.root), list[str]()
+    variants = parse_variants(["learning_rate=0.05", "learning_rate=0.01;epochs=2"])
+    found = replace(trials(1, 2), report=said.append).compare(trained.layout, variants)
+    assert [f"{variant.text}: training {order} of 2" for variant in variants for order in (1, 2)] == said
+    assert before == snapshot(trained.layout.root)
+    assert (4, ("9.jsonl",)) == (found.step, found.files)
+    own, other = (outcome.trials for outcome in found.outcomes)
+    assert ([0, 1], [0, 1]) == ([trial.order for trial in own], [trial.order for trial in other])
+    assert figures_of(trained.layout) == own[0].figures
+    assert None not in own[0].figures.values()
+    assert own[0].figures != own[1].figures
+    twin = new_run(tmp_path / "twin", model, **SETTINGS)
+    twin.train(*files[:2])
+    configure(twin, learning_rate=0.01, epochs=2)
+    twin.train(*files[2:])
+    assert figures_of(twin.layout) == other[0].figures
+
+
+def test_a_stop_ends_the_comparison_with_the_training_in_which_it_came(trained: Run) -> None:
+    """What that one had trained is no trial."""
+    stop, said = Wishes(), list[str]()
+    cut = Trials(1, 2, lambda _: stop.ask("test"), said.append, stop)
+    with pytest.raises(Stopped):
+        cut.compare(trained.layout, parse_variants(["epochs=2", "epochs=3"]))
+    assert 1 == len(said)
+    assert [] == list(trained.layout.reading.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("last", "hint"), [*((last, "The restore points allow: --last 1.") for last in (2, 3)), (4, "--last 1")]
+)
+def test_what_cannot_be_trained_again_is_refused(trained: Run, last: int, hint: str) -> None:
+    """More files than there are, or than there are restore points before; the hint says how many can be."""
+    with pytest.raises(UsageError) as refused:
+        trials(last).compare(trained.layout, parse_variants(["epochs=1", "epochs=2"]))
+    assert hint == refused.value.hint
+
+
+def test_a_comparison_for_people() -> None:
+    """The best variant comes first; each figure is its mean with half of its spread, what was not measured a dash."""
+    found = comparison(
+        outcome("long name", 2.0, 4.0), outcome("b", 1.5, 3.25), outcome("c", None, 1.0), outcome("d", 5.0, None)
+    )
+    heads = ("average", "forgetting", "worst", "anchor", "behind the best")
+    rows = [
+        ("c", "1.0000", "-", "-", "-", ""),
+        ("b", "2.3750 +- 0.8750", "-", "-", "-", "2.2500"),
+        ("long name", "3.0000 +- 1.0000", "-", "-", "-", "3.0000"),
+        ("d", "5.0000", "-", "-", "-", "-"),
+    ]
+    expected = [f"{row[0]:9}" + "".join(f"{cell:>20}" for cell in row[1:]) for row in (("", *heads), *rows)]
+    assert expected == list(lines(found))[:-1]

@@ -51,6 +51,13 @@ def test_a_thinned_curve_keeps_lowest_and_highest_loss(ledger: Ledger, every: in
     assert sorted(expected) == [row[0] for row in thin]
 
 
+@pytest.mark.parametrize("every", [0, -1])
+def test_an_interval_below_one_step_is_refused(ledger: Ledger, every: int) -> None:
+    """There is nothing that it could mean."""
+    with pytest.raises(ValueError, match=f"at least 1, not {every}"):
+        next(read_curve(ledger, every))
+
+
 def test_a_range_of_steps_can_be_read_alone(ledger: Ledger) -> None:
     """`first` and `last` bound the global steps, across files."""
     assert [7, 8, 9] == [row[0] for row in read_curve(ledger, first=7, last=9)]

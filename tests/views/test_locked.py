@@ -7,11 +7,15 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from processes import open_descriptors
+
 from onward.views.locked import make_locked
 
 
 def test_a_folder_in_use_is_never_removed(tmp_path: Path) -> None:
-    """Many make folders at the same time, and each removes what others left: all that are locked are there."""
+    """Many make folders at the same time, and each removes what others left: all that are locked are there, and no
+    descriptor is left of one that was removed before it was locked.
+    """
 
     def work(number: int) -> list[bool]:
         found: list[bool] = []
@@ -25,8 +29,10 @@ def test_a_folder_in_use_is_never_removed(tmp_path: Path) -> None:
             os.close(lock)
         return found
 
+    before = open_descriptors()
     with ThreadPoolExecutor(6) as threads:
         assert all(all(found) for found in threads.map(work, range(6)))
+    assert before == open_descriptors()
     _, lock = make_locked(tmp_path, "work-")
     assert 1 == len(list(tmp_path.iterdir()))
     os.close(lock)
@@ -55,3 +61,14 @@ def test_others_files_stay(tmp_path: Path) -> None:
     folder, lock = make_locked(tmp_path, "work-")
     assert {"work-file", "work-link", "target", "other", folder.name} == {each.name for each in tmp_path.iterdir()}
     os.close(lock)
+
+
+def test_nothing_is_left_open(tmp_path: Path) -> None:
+    """Of folders that others have locked, of left ones that were removed, and of what is no folder."""
+    (tmp_path / "work-file").write_text("mine")
+    (tmp_path / "work-left").mkdir()
+    before = open_descriptors()
+    held = [make_locked(tmp_path, "work-")[1] for _ in range(3)]
+    assert before + 3 == open_descriptors()
+    for lock in held:
+        os.close(lock)

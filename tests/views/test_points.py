@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,13 +11,13 @@ from typing import Any
 import pytest
 import tiny
 from faults import copy_run
-from processes import apart
+from processes import apart, open_descriptors
 
 from onward import Run
 from onward.errors import DamagedState, UsageError
 from onward.layout import RunLayout
 from onward.training.checkpoints.checkpoint import inspect_checkpoint
-from onward.views.points import hold, own_folder, state_mark
+from onward.views.points import describe, hold, own_folder, state_mark
 
 INFERENCE = ["adapter_config.json", "adapter_model.safetensors", "onward.json"]
 
@@ -88,6 +90,8 @@ def test_what_is_not_there_is_refused(layout: RunLayout, at: str, what: str) -> 
     with pytest.raises(UsageError, match=what), hold(layout, at):
         pass
     assert [] == list(layout.reading.iterdir())
+    with pytest.raises(UsageError, match="there is no run"), hold(RunLayout(layout.inbox), at):
+        pass
 
 
 def test_a_commit_inside_a_file_is_found(layout: RunLayout, tmp_path: Path) -> None:
@@ -145,18 +149,108 @@ def test_a_release_is_found_by_its_name(layout: RunLayout) -> None:
         shutil.copytree(layout.boundary(3), layout.releases / name)
     with hold(layout, "v1") as point:
         assert ("release v1", 3, "v1") == (point.label, point.step, point.release)
-    with pytest.raises(UsageError, match=r"--at file:b\.jsonl or --at release:b\.jsonl"), hold(layout, "b.jsonl"):
-        pass
-    with hold(layout, "release:b.jsonl") as point:
-        assert "b.jsonl" == point.release
+        assert not {"optimizer.pt", "trainer_state.json"} & {path.name for path in point.folder.iterdir()}
+    with hold(layout, "v1", whole=True) as point:
+        assert {path.name for path in layout.boundary(3).iterdir()} == {path.name for path in point.folder.iterdir()}
     (layout.releases / "v1" / "onward.json").unlink()  # made by other means: nothing to verify it with
     with hold(layout, "v1") as point:
         assert (None, None) == (point.step, point.manifest)
 
 
-def _die_while_holding(root: Path) -> None:
-    import os
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [
+        ("b.jsonl", ["file:2"]),
+        ("2", ["file:2"]),
+        ("5", ["step:5"]),
+        ("step-3", ["step:3"]),
+        ("3", ["file:3", "step:3"]),
+    ],
+)
+def test_what_names_a_release_and_another_state_is_refused(name: str, others: list[str], layout: RunLayout) -> None:
+    """Nobody gets a file's or a step's state for a release, or the other way round; the hint names each."""
+    shutil.copytree(layout.boundary(3), layout.releases / name)
+    with pytest.raises(UsageError, match="is the name of a release, and a file or a step") as refused:
+        state_mark(layout, name)
+    with pytest.raises(UsageError, match=re.escape(refused.value.what)), hold(layout, name):
+        pass
+    ways = re.findall(r"--at ([^\s,]+)", str(refused.value.hint))
+    assert [*others, f"release:{name}"] == ways
+    held: list[str | None] = []
+    for way in ways:
+        with hold(layout, way) as point:
+            held.append(point.release)
+    assert [*(None for _ in others), name] == held
 
+
+def test_only_whole_folders_are_releases(layout: RunLayout) -> None:
+    """Not a file, nor what is hidden, such as one that is being made; nor is `file:` the beginning of a name."""
+    for name in ("v1", ".tmp-release-x", "file:2"):
+        shutil.copytree(layout.boundary(3), layout.releases / name)
+    (layout.releases / "file").write_text("")
+    (layout.releases / "v1" / "folder").mkdir()
+    for name in (".tmp-release-x", "file"):
+        with pytest.raises(UsageError, match="there is no release"), hold(layout, f"release:{name}"):
+            pass
+    with hold(layout, "file:2") as point:
+        assert None is point.release
+    with hold(layout, "v1") as point:
+        assert set(INFERENCE) <= {path.name for path in point.folder.iterdir()}
+
+
+def test_a_release_with_a_manifest_is_verified_by_it(layout: RunLayout) -> None:
+    """A byte that was changed is found, as in a state of the run."""
+    weights = shutil.copytree(layout.boundary(3), layout.releases / "v1") / INFERENCE[1]
+    data = weights.read_bytes()
+    weights.unlink()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(DamagedState, match="the release is not what was published"), hold(layout, "v1"):
+        pass
+
+
+def test_a_release_that_was_made_again_has_another_mark(layout: RunLayout) -> None:
+    """However it is named; so whoever has it in memory loads it again."""
+    marks: list[tuple[int, int]] = []
+    for name in ("v0", "v1"):
+        shutil.copytree(layout.boundary(3), layout.releases / name)
+        marks.append(state_mark(layout, name))
+        assert marks[-1] == state_mark(layout, f"release:{name}")
+    (layout.releases / "v0").rename(layout.releases / "old")
+    (layout.releases / "v1").rename(layout.releases / "v0")
+    assert marks[1] == state_mark(layout, "v0") != marks[0]
+
+
+def test_a_label_says_how_far_the_run_was(layout: RunLayout) -> None:
+    """Before the first file, after one or inside of it; the name only if the file there still is that one."""
+    with hold(layout) as point:
+        manifest = point.manifest
+    assert manifest is not None
+
+    def told(**changed: Any) -> str:
+        state = {**manifest.state, "cursor": {**manifest.state["cursor"], **changed}}
+        return describe(layout, manifest.model_copy(update={"state": state}))
+
+    first = Run(layout.root).history()[0]["sha256"]
+    assert "step 5, before the first file" == told(position=0)
+    assert "step 5, after file 1 (a.jsonl)" == told(position=1, sha256=first)
+    assert "step 5, in file 1 (a.jsonl), step 0 of 2" == told(position=1, sha256=first, step=0)
+    assert "step 5, after file 1" == told(position=1)
+    assert "step 5, after file 9" == told(position=9)
+
+
+def test_a_reader_leaves_nothing_open_and_shows_others_nothing(layout: RunLayout) -> None:
+    """A server holds states as long as it runs: no descriptor is left, and no other user reads the folder meanwhile."""
+    with hold(layout):
+        before = open_descriptors()
+    shutil.rmtree(layout.cache)
+    for _ in range(3):
+        with hold(layout) as point:
+            assert layout.reading == point.folder.parent.parent
+            assert 0o700 == point.folder.parent.stat().st_mode & 0o777
+            assert before == open_descriptors()
+
+
+def _die_while_holding(root: Path) -> None:
     with hold(RunLayout(root)):
         os._exit(9)
 

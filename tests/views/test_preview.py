@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from commands import assert_refused, make_run, onward
+from commands import assert_refused, make_run, onward, snapshot
 from hypothesis import given
 from hypothesis import strategies as st
+from runs import new_run
 
 from onward.data.files.sources import read_rows
 from onward.data.row_tokenizer import RowTokenizer
@@ -24,8 +25,10 @@ from onward.data.rows.records import parse_record
 from onward.data.tokenized import unpack
 from onward.layout import RunLayout
 from onward.service.lock import RunLock
+from onward.store.ledger import Ledger
 from onward.terminal import marker
-from onward.views.preview import Segment, ShownRow, lines_of, split_text
+from onward.views.estimate import TIMED, estimate
+from onward.views.preview import PACE, Segment, ShownRow, lines_of, preview, split_text
 
 STATE = tiny.byte_state()
 NASTY = "\x1b[2Jred\x9b31m\u202e\r"
@@ -223,3 +226,28 @@ def test_an_estimate_is_measured_on_a_copy(untouched: Path, tmp_path: Path) -> N
     line = onward("preview", path, "--estimate", "--run", untouched)
     assert "for 3 steps on" in line.out
     assert_refused(onward("preview", path, "--price", 1, "--run", untouched), 2, "Add --estimate")
+
+
+@pytest.mark.parametrize("settings", [{}, {"holdout": 0.3, "epochs": 2, "replay": {"share": 0.5, "policy": "uniform"}}])
+def test_what_is_estimated_is_what_is_trained(model: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Steps, tokens and the heaviest step are those that training takes then: without rows that are held out, with
+    those that are replayed. The time at the pace so far is that of about as many tokens.
+    """
+    run = new_run(tmp_path / "run", model, batch_size=2, max_length=128, lora={"rank": 2}, **settings)
+    first, path = (tiny.write_jsonl(tmp_path / f"{n}.jsonl", tiny.chat_rows(n, seed=n)) for n in (40, 30))
+    run.train(first)
+    before = snapshot(run.layout.root)
+    found = estimate(run.layout, path, 10.0)
+    seen = preview(run.layout, path, None, worst=False)
+    assert before == snapshot(run.layout.root)
+    with Ledger(run.layout.ledger, read_only=True) as ledger:
+        paced = ledger.last_steps(1, PACE)
+    pace = sum(step.tokens for step in paced) / sum(step.seconds for step in paced)
+    run.train(path)
+    with Ledger(run.layout.ledger, read_only=True) as ledger:
+        taken = [step.tokens for step in ledger.steps(2)]
+    assert (len(taken), sum(taken), max(taken)) == (found.steps, found.tokens, found.heaviest_tokens)
+    assert (len(taken), TIMED) == (seen.steps, found.timed_steps)
+    assert found.cost == found.seconds / 3600 * 10.0
+    assert seen.seconds is not None
+    assert sum(taken) == pytest.approx(seen.seconds * pace, rel=0.1)

@@ -41,6 +41,26 @@ def test_a_tracker_holds_one_run_with_each_point_once(tmp_path: Path, name: str)
     assert held["config"] == 16
 
 
+def test_a_store_of_mlflow_that_was_lost_is_filled_again(tmp_path: Path) -> None:
+    """A run that is no longer there holds nothing: another is made, and gets every step, also those of before."""
+    pytest.importorskip("mlflow", reason="pip install 'onward[mlflow]'")
+    stream = Stream(tmp_path / "run")
+    layout = stream.layout
+    layout.config.write_text("model: smollm2-135m\ntrack: [mlflow]\n")
+    for steps in (3, 2):
+        stream.train(steps, last=True)
+    assert 0 == apart(_tell, str(layout.root))
+    stream.roll_back(1)
+    stream.train(1, last=True)
+    assert 0 == apart(_tell, str(layout.root))
+    (layout.trackers / "mlflow" / "mlflow.db").unlink()
+    stream.train(1, last=True)
+    stream.ledger.close()
+    assert 0 == apart(_tell_and_look, str(layout.root), _points_of_mlflow, str(tmp_path / "held.json"))
+    points = json.loads((tmp_path / "held.json").read_text())["points"]
+    assert [(step + 2, step, 1) for step in range(1, 6)] == [tuple(point) for point in points]
+
+
 def scenario(folder: Path, name: str, look: Callable[[RunLayout], dict[str, Any]]) -> dict[str, Any]:
     """Tell a tracker of a run from several processes, with a rollback in between; return what it then holds."""
     if importlib.util.find_spec(name) is None:
@@ -100,16 +120,22 @@ def _of_tensorboard(layout: RunLayout) -> dict[str, Any]:
 
 
 def _of_mlflow(layout: RunLayout) -> dict[str, Any]:
+    found = _points_of_mlflow(layout)
+    assert "back to step 3" in found["tags"]["onward.rollback.1"]
+    return found
+
+
+def _points_of_mlflow(layout: RunLayout) -> dict[str, Any]:
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(f"sqlite:///{layout.trackers}/mlflow/mlflow.db")
     runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     history = {key: client.get_metric_history(runs[0].info.run_id, key) for key in ("step", "rollbacks")}
-    assert "back to step 3" in runs[0].data.tags["onward.rollback.1"]
     return {
         "points": [(a.step, a.value, b.value) for a, b in zip(history["step"], history["rollbacks"], strict=True)],
         "runs": len(runs),
         "config": int(runs[0].data.params["lora.rank"]),
+        "tags": dict(runs[0].data.tags),
     }
 
 

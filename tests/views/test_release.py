@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -12,18 +14,23 @@ import tiny
 import torch
 from commands import onward, snapshot
 from faults import Fault
-from processes import command
+from processes import command, open_descriptors
 from safetensors.torch import load_file
 from states import assert_same_state
 
 from onward import Run
-from onward.errors import DamagedState, UsageError
+from onward.digest import xxh3_file
+from onward.errors import DamagedState, UsageError, VerificationFailed
 from onward.events import Event, StepTaken
+from onward.layout import RunLayout
 from onward.service.lock import RunLock
 from onward.service.wishes import Stopped, Wishes
+from onward.training.checkpoints.checkpoint import inspect_checkpoint
+from onward.training.model import weights
+from onward.views.evaluate import measure
 from onward.views.points import hold
 from onward.views.release import Making, Order
-from onward.views.releases import RECORD, list_releases, remove_release
+from onward.views.releases import RECORD, Release, find_release, lines, list_releases, remove_release
 
 SETTINGS: dict[str, Any] = {"batch_size": 4, "max_length": 256, "learning_rate": 1e-2, "lora": {"rank": 4}}
 WEIGHTS = "adapter_model.safetensors"
@@ -90,6 +97,8 @@ def test_without_a_cooldown_it_is_the_boundary(run: Run) -> None:
 def test_an_average_is_the_mean_of_boundaries(run: Run) -> None:
     """Each weight is the mean of that weight over the last boundaries, rounded once."""
     assert [3, 7, 9] == make(run, Order("mean", average=3))["averaged"]
+    older = make(run, Order("older", "step:7", 1, average=2))
+    assert ([3, 7], 7, 1) == (older["averaged"], older["step"], older["cooldown"]["steps"])
     states = [load_file(run.layout.boundary(step) / WEIGHTS) for step in (3, 7, 9)]
     found = load_file(run.layout.releases / "mean" / WEIGHTS)
     for name, weight in found.items():
@@ -104,24 +113,47 @@ def test_an_average_is_the_mean_of_boundaries(run: Run) -> None:
         (Order(".x"), "cannot be the name"),
         (Order("taken"), "a release of this name already exists"),
         (Order("x", average=9), "3 boundaries are kept"),
-        (Order("x", cooldown=1.5), "a number of steps, or a share"),
+        *(
+            (Order("x", cooldown=steps), "a number of steps, or a share")
+            for steps in (1.5, -1, -0.5, math.nan, math.inf)
+        ),
         (Order("x", "none.jsonl"), "neither a finished file nor the step"),
     ],
 )
 def test_what_cannot_be_released_is_refused(order: Order, reason: str, run: Run) -> None:
-    """Names that are taken or are paths, boundaries that are not there and lengths that are none leave nothing."""
+    """Names that are taken or are paths, boundaries that are not there and lengths that are none leave nothing, and are
+    refused before anything is copied.
+    """
     (run.layout.releases / "taken").mkdir(parents=True)
+    said: list[str] = []
     with pytest.raises(UsageError, match=reason):
-        make(run, order)
+        Making(run.layout, lambda _: None, said.append, Wishes()).release(order)
     assert ["taken"] == [path.name for path in run.layout.releases.iterdir()]
+    assert [] == said
+
+
+@pytest.mark.parametrize("taken", [0, 1, 9, 39, 40, 45, 55, 1000])
+def test_the_length_of_a_cooldown(taken: int) -> None:
+    """A number of steps, a share of those so far and at least one, or else a tenth and at least four; an average has
+    none unless it is asked for.
+    """
+    assert max(4, round(taken / 10)) == Order("x").steps_of(taken)
+    assert 0 == Order("x", average=2).steps_of(taken)
+    assert max(1, round(taken / 5)) == Order("x", cooldown=0.2, average=2).steps_of(taken)
+    assert [0, 1, 7] == [Order("x", cooldown=steps).steps_of(taken) for steps in (0, 1.0, 7)]
 
 
 def test_a_stop_leaves_nothing(run: Run) -> None:
     """Stopped in the cooldown, there is no release, nor a part of one, nor the copy."""
-    wishes = Wishes()
-    wishes.ask("test")
+    wishes, seen = Wishes(), list[Event]()
+
+    def stop(event: Event) -> None:
+        seen.append(event)
+        wishes.ask("test")
+
     with pytest.raises(Stopped):
-        make(run, Order("v1"), wishes=wishes)
+        Making(run.layout, stop, lambda _: None, wishes).release(Order("v1", cooldown=5))
+    assert 1 == len(seen)
     assert not run.layout.releases.exists()
     assert [] == list((run.layout.cache / "reading").iterdir())
 
@@ -160,6 +192,57 @@ def test_a_release_that_is_not_what_was_published_is_not_used(name: str, problem
             pass
 
 
+def test_the_record_says_what_is_released_and_the_card_shows_it(run: Run) -> None:
+    """Which state of which stream, and what was measured of it: as much as `onward evaluate` measures there."""
+    before = open_descriptors()
+    record = make(run, Order("v1", "step:7", cooldown=0, notes="for *you*"))
+    assert before == open_descriptors()
+    assert record == json.loads((run.layout.releases / "v1" / RECORD).read_bytes())
+    manifest = inspect_checkpoint(run.layout.boundary(7)).verified
+    assert manifest is not None
+    assert {
+        "name": "v1", "notes": "for *you*", "run": manifest.run, "step": 7, "state_digest": manifest.state_digest,
+        "base": manifest.base, "config": manifest.config, "cooldown": {"steps": 0, "learning_rate": None},
+        "averaged": [7], "verified": True,
+    }.items() <= record.items()  # fmt: skip
+    assert [(1, "9.jsonl", 9), (2, "14.jsonl", 14)] == [
+        (file["position"], file["name"], file["rows"]) for file in record["stream"]
+    ]
+    seen, measured = measure(run.layout, "step:7"), record["measured"]
+    assert (seen["files"], seen["anchor"]) == (measured["files"], measured["anchor"])
+    assert fmean(file["loss"] for file in seen["files"]) == pytest.approx(measured["average"], rel=1e-12)
+    card = (run.layout.releases / "v1" / "README.md").read_text()
+    for words in ("v1: for *you*", f"{measured['average']:.4f}", f"{measured['anchor']:.4f}"):
+        assert words in card
+    assert "Average of the states" not in card
+
+
+def test_a_release_of_the_base_has_nothing_to_be_measured_on(run: Run) -> None:
+    """It has no file, so no score, and no row that a cooldown could take."""
+    nothing = {"mean": None, "worst": None, "file": None}
+    record = make(run, Order("base", "step:0", cooldown=0))
+    assert {"files": [], "average": None, "forgetting": nothing, "anchor": None} == record["measured"]
+    assert [] == record["stream"]
+    assert "not measured" in (run.layout.releases / "base" / "README.md").read_text()
+    with pytest.raises(UsageError, match="nothing has been trained yet"):
+        make(run, Order("cooled", "step:0"))
+
+
+def test_a_release_that_is_written_wrongly_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One bit of one weight: nothing is left of it."""
+    write = weights.save_file
+
+    def write_wrongly(tensors: dict[str, torch.Tensor], path: Any, **options: Any) -> None:
+        changed = {name: tensor.clone() for name, tensor in tensors.items()}
+        next(iter(changed.values())).view(torch.int32).flatten()[0] ^= 1
+        write(changed, path, **options)
+
+    monkeypatch.setattr(weights, "save_file", write_wrongly)
+    with pytest.raises(VerificationFailed):
+        make(run, Order("v1", cooldown=0))
+    assert not run.layout.releases.exists()
+
+
 def test_two_releases_of_one_name_never_mix(run: Run) -> None:
     """While one is made another is done: the name is that one's, whole, and the first is refused and leaves nothing."""
     made: list[dict[str, Any]] = []
@@ -182,6 +265,50 @@ def test_a_release_that_cannot_be_written_computes_nothing(run: Run) -> None:
         make(run, Order("v1"), seen)
     assert [] == seen
     assert "" == run.layout.releases.read_text()
+
+
+def told(name: str, created: float, average: float | None) -> dict[str, Any]:
+    """The record of a release."""
+    found = {"average": average, "forgetting": {"mean": 0.25, "worst": 0.5}, "anchor": 0.125}
+    return {
+        "name": name, "created": created, "step": 12, "stream": [{}, {}], "cooldown": {"steps": 5}, "averaged": [7, 9],
+        "measured": found, "verified": average is not None, "notes": "n", "weights": "w",
+    }  # fmt: skip
+
+
+def test_releases_side_by_side(tmp_path: Path) -> None:
+    """One line for each, the oldest first; what was not measured is no number, and what is no release is left out."""
+    layout = RunLayout(tmp_path)
+    assert ["no releases yet; onward release NAME makes one"] == list(lines(list_releases(layout)))
+    with pytest.raises(UsageError) as refused:
+        find_release(layout, "v1")
+    assert "Releases: none." == refused.value.hint
+    records: dict[str, Any] = {
+        "v1": told("v1", 2.0, 1.5), "first": told("first", 1.0, None), "renamed": told("v9", 3.0, 1.0),
+        "list": [1], "torn": None,
+    }  # fmt: skip
+    for name, record in records.items():
+        (layout.releases / name).mkdir(parents=True)
+        (layout.releases / name / RECORD).write_text("{" if record is None else json.dumps(record))
+    found = list_releases(layout)
+    assert [
+        "name   step  files  cooldown  average loss  forgetting   worst  KL to base         proof",
+        "first    12      2         5             -      0.2500  0.5000      0.1250  not verified",
+        "v1       12      2         5        1.5000      0.2500  0.5000      0.1250      verified",
+    ] == list(lines(found))
+    assert {
+        "name": "v1", "step": 12, "files": 2, "cooldown": 5, "averaged": 2, "average": 1.5, "forgetting": 0.25,
+        "worst": 0.5, "anchor": 0.125, "verified": True, "created": 2.0, "notes": "n", "weights": "w",
+    } == found[1].summary()  # fmt: skip
+    assert found[1] == find_release(layout, "v1")
+    with pytest.raises(UsageError) as refused:
+        find_release(layout, "renamed")
+    assert "Releases: first, v1." == refused.value.hint
+    digests = {"model": xxh3_file(found[0].folder / RECORD), "optimizer.pt": "x", "README.md": "x"}
+    held = Release(tmp_path, {"files": digests})
+    shutil.copy(found[0].folder / RECORD, tmp_path / "model")
+    assert ["optimizer.pt"] == held.changed(tmp_path)
+    assert [] == held.changed(tmp_path, ["optimizer.pt"])
 
 
 def test_releases_are_listed_and_removed_but_never_with_what_others_put_there(run: Run) -> None:

@@ -1,12 +1,10 @@
-"""Trackers: each receives every step once, in order, whatever fails, is killed or is rolled back in between."""
+"""Trackers: found by name, followed by one process, and never in the way of training."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import random
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,174 +12,40 @@ import tiny
 from commands import make_run, onward
 from filelock import FileLock
 from ledgers import add_file, made_up_run
-from streams import Stream
+from tracked import Store
 
 from onward.errors import RunLocked, UsageError
 from onward.layout import RunLayout
 from onward.store.ledger import Ledger
 from onward.store.metrics import Metrics
 from onward.store.rows import StepRecord
-from onward.views.trackers.feed import Feed
+from onward.store.waiting import Waiting
 from onward.views.trackers.registry import BUILT_IN, find_tracker
-from onward.views.trackers.telling import follow, tell, tell_once
-from onward.views.trackers.tracker import Factory, Held, Point, TrackedRun
-
-
-class Store:
-    """What a tracker holds, apart from the process that tells it; `fails` says whether it takes points now."""
-
-    def __init__(self, *, can_say: bool = True) -> None:
-        self.points: list[Point] = []
-        self.marks: list[tuple[int, int, int]] = []
-        self.fails: str | None = None
-        self.can_say = can_say
-        self.runs: list[TrackedRun] = []
-        self.told = threading.Event()
-
-    def open(self, run: TrackedRun) -> Recorder:
-        self.runs.append(run)
-        return Recorder(self)
-
-
-class Recorder:
-    """A tracker that keeps points in a store."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self.id = "id-of-the-tracker"
-
-    def held(self) -> Held | None:
-        if not self._store.can_say or not self._store.points:
-            return None
-        newest = self._store.points[-1].values
-        return Held(int(newest["step"]), int(newest["rollbacks"]))
-
-    def log(self, points: Sequence[Point]) -> None:
-        if self._store.fails is not None:
-            raise ConnectionError(self._store.fails)
-        self._store.points += points
-        self._store.told.set()
-
-    def rolled_back(self, rollbacks: int, step: int, number: int) -> None:
-        self._store.marks.append((rollbacks, step, number))
-
-    def close(self) -> None:
-        return
-
-
-def shown(points: Sequence[Point]) -> list[tuple[int, float]]:
-    """Return step and loss of the points that no later one replaces."""
-    kept: list[tuple[int, float]] = []
-    for point in points:
-        while kept and kept[-1][0] >= point.step:
-            kept.pop()
-        kept.append((point.step, point.values["loss"]))
-    return kept
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_every_step_is_told_once_whatever_happens(tmp_path: Path, seed: int) -> None:
-    """Trained, killed, rolled back, failing and restarted in any order, the next file begun while a boundary is still
-    being committed or not: what is told is the stream, and nothing twice.
-
-    Numbers only grow, a step that replaces an undone one says so, and what is not replaced is the run's own curve.
-    """
-    source, stream, store = random.Random(seed), Stream(tmp_path / "run"), Store()
-    feed = Feed(stream.ledger, "it", lambda known: store.open(TrackedRun("r", "n", tmp_path, {}, known)))
-    for _ in range(60):
-        match source.randrange(8):
-            case 0 | 1 | 2:
-                stream.train(source.randrange(1, 5), last=source.random() < 0.5, late=source.random() < 0.5)
-            case 7:
-                stream.commit()
-            case 3:
-                stream.die_and_train_again(source.randrange(1, 4))
-            case 4:
-                stream.roll_back(source.randrange(len(stream.boundaries)))
-            case 5:
-                store.fails = source.choice((None, None, "no route to host"))
-                tell(feed, stream.ledger)
-            case _:  # another process
-                feed = Feed(stream.ledger, "it", lambda known: store.open(TrackedRun("r", "n", tmp_path, {}, known)))
-    store.fails = None
-    stream.train(1, last=True)
-    feed.tell()
-    numbers = [point.number for point in store.points]
-    assert sorted(set(numbers)) == numbers
-    assert list(enumerate(stream.lineage, start=1)) == shown(store.points)
-    assert len({(point.step, point.values["rollbacks"]) for point in store.points}) == len(store.points)
-    for before, after in zip(store.points, store.points[1:], strict=False):
-        went_back = after.step <= before.step
-        assert went_back == (after.values["rollbacks"] > before.values["rollbacks"])
-        assert not went_back or (after.values["rollbacks"], after.step - 1, before.number) in store.marks
-    stream.ledger.close()
-
-
-def test_the_last_step_of_a_file_is_not_passed_over_while_its_boundary_is_committed(tmp_path: Path) -> None:
-    """The next file begins meanwhile: its steps wait for the one before them, and then all are told in order."""
-    stream, store = Stream(tmp_path / "run"), Store()
-    feed = Feed(stream.ledger, "it", lambda known: store.open(TrackedRun("r", "n", tmp_path, {}, known)))
-    stream.train(3, last=True, late=True)
-    stream.train(2, last=False)
-    feed.tell()
-    assert [1, 2] == [point.step for point in store.points]
-    stream.commit()
-    feed.tell()
-    assert [1, 2, 3, 4, 5] == [point.step for point in store.points]
-    stream.ledger.close()
-
-
-@pytest.mark.parametrize("can_say", [True, False])
-def test_what_was_told_right_before_a_kill_is_not_told_again(tmp_path: Path, can_say: bool) -> None:
-    """A tracker that has more than the ledger knows is believed; one that cannot say is sent the points again."""
-    layout, store = made_up_run(tmp_path / "run", [("a.jsonl", 4)], float), Store(can_say=can_say)
-    with Ledger(layout.ledger) as ledger:
-        feed = Feed(ledger, "it", lambda known: store.open(TrackedRun("r", "n", tmp_path, {}, known)))
-        before = feed.cursor
-        assert 4 == feed.tell()
-        ledger.keep_tracker(before)
-        again = Feed(ledger, "it", lambda known: store.open(TrackedRun("r", "n", tmp_path, {}, known)))
-        again.tell()
-        assert [1, 2, 3, 4] * (1 if can_say else 2) == [point.step for point in store.points]
-
-
-def test_a_tracker_that_lost_points_is_told_them_again(tmp_path: Path) -> None:
-    """What a tracker certainly does not have is sent once more when it is next reached."""
-    layout, store = made_up_run(tmp_path / "run", [("a.jsonl", 3), ("b.jsonl", 3)], float), Store()
-    with Ledger(layout.ledger) as ledger:
-        Feed(ledger, "it", lambda known: store.open(TrackedRun("r", "n", tmp_path, {}, known))).tell()
-        del store.points[2:]
-        file_id = add_file(ledger, "c.jsonl", state="done", position=3, start_step=6, planned_steps=1)
-        metrics = Metrics(layout.ledger, clock=lambda: 7.0)
-        metrics.append(StepRecord(file_id, 7, 1, 0, 2, "d", 20, 10, 7.0, 1e-4, 0.5, 0.25))
-        metrics.close()
-        Feed(ledger, "it", lambda known: store.open(TrackedRun("r", "n", tmp_path, {}, known))).tell()
-    assert [(step, float(step)) for step in range(1, 8)] == shown(store.points)
-    assert [None, "id-of-the-tracker"] == [run.known_as for run in store.runs]
-
-
-def test_a_point_says_what_the_step_gave_and_what_was_measured_behind_a_file(tmp_path: Path) -> None:
-    """Values are named as in `onward metrics`; numbers of hooks come with the last step of their file."""
-    layout, store = made_up_run(tmp_path / "run", [("a.jsonl", 2)], lambda step: step / 2), Store()
-    with Ledger(layout.ledger) as ledger:
-        ledger.keep_boundary_results(1, 2, {"holdout": {"loss": 1.5, "ok": True, "name": "x"}})
-        Feed(ledger, "it", lambda known: store.open(TrackedRun("r", "n", tmp_path, {}, known))).tell()
-    first, last = store.points
-    assert (1, 1, 1001.0) == (first.number, first.step, first.time)
-    assert {
-        "step": 1.0, "file": 1.0, "file_step": 1.0, "epoch": 0.0, "loss": 0.5, "learning_rate": 1e-4, "grad_norm": 0.5,
-        "rows": 2.0, "tokens": 20.0, "target_tokens": 10.0, "seconds": 0.25, "tokens_per_second": 80.0,
-        "rollbacks": 0.0,
-    } == first.values  # fmt: skip
-    assert 1.5 == last.values["holdout/loss"]
-    assert first.values.keys() | {"holdout/loss"} == last.values.keys()
+from onward.views.trackers.telling import follow, make_feed, tell, tell_once
+from onward.views.trackers.tracker import Factory, TrackedRun, Tracker
 
 
 def tracked(tmp_path: Path, *names: str) -> RunLayout:
     """Return a run of one finished file whose config names trackers."""
     layout = made_up_run(tmp_path / "run", [("a.jsonl", 3)], float)
-    layout.config.write_text(f"model: smollm2-135m\ntrack: [{', '.join(names)}]\nnotify: {{url: http://secret}}\n")
+    configure(layout, *names)
     return layout
+
+
+def configure(layout: RunLayout, *names: str) -> None:
+    """Name trackers in the config of a run."""
+    text = f"model: smollm2-135m\ntrack: [{', '.join(names)}]\nnotify: {{url: http://secret}}\n"
+    (layout.root / "new.yaml").write_text(text)
+    (layout.root / "new.yaml").replace(layout.config)
+
+
+def train_one(layout: RunLayout) -> None:
+    """Add a file of one step to a run of three."""
+    with Ledger(layout.ledger) as ledger:
+        file_id = add_file(ledger, "b.jsonl", state="done", position=2, start_step=3, planned_steps=1)
+    metrics = Metrics(layout.ledger)
+    metrics.append(StepRecord(file_id, 4, 1, 0, 2, "d", 20, 10, 4.0, 1e-4, 0.5, 0.25))
+    metrics.close()
 
 
 def test_a_failure_is_told_once_and_so_is_its_end(tmp_path: Path) -> None:
@@ -208,6 +72,7 @@ def test_a_failure_is_told_once_and_so_is_its_end(tmp_path: Path) -> None:
     assert [1, 2, 3] == [point.step for point in other.points]
     assert {"notify.url", "notify.command"}.isdisjoint(store.runs[0].config)
     assert layout.trackers / "ours" == store.runs[0].folder
+    assert (4, 1) == (store.closed, other.closed)
 
 
 def test_it_follows_until_its_owner_ends_and_then_tells_the_rest(tmp_path: Path) -> None:
@@ -218,15 +83,118 @@ def test_it_follows_until_its_owner_ends_and_then_tells_the_rest(tmp_path: Path)
     )
     following.start()
     assert store.told.wait(60)
-    with Ledger(layout.ledger) as ledger:
-        file_id = add_file(ledger, "b.jsonl", state="done", position=2, start_step=3, planned_steps=1)
-        metrics = Metrics(layout.ledger)
-        metrics.append(StepRecord(file_id, 4, 1, 0, 2, "d", 20, 10, 4.0, 1e-4, 0.5, 0.25))
-        metrics.close()
+    train_one(layout)
     ended.set()
     following.join(60)
     assert not following.is_alive()
     assert [1, 2, 3, 4] == [point.step for point in store.points]
+
+
+def test_a_tracker_that_the_config_no_longer_names_is_let_go_and_a_new_one_begins(tmp_path: Path) -> None:
+    """While a process follows: the one gets what is left and is closed, the other everything from the first step on."""
+    layout, ended = tracked(tmp_path, "ours"), threading.Event()
+    stores = {"ours": Store(), "other": Store()}
+    following = threading.Thread(
+        target=lambda: follow(layout, ended, find=lambda name: stores[name].open, seconds=0.02), daemon=True
+    )
+    following.start()
+    assert stores["ours"].told.wait(60)
+    configure(layout, "other")
+    assert stores["ours"].was_closed.wait(60)
+    assert stores["other"].told.wait(60)
+    train_one(layout)
+    ended.set()
+    following.join(60)
+    assert not following.is_alive()
+    assert [1, 2, 3] == [point.step for point in stores["ours"].points]
+    assert [1, 2, 3, 4] == [point.step for point in stores["other"].points]
+    assert [1, 1] == [store.closed for store in stores.values()]
+
+
+def test_a_tracker_that_fails_is_tried_again_until_it_works(tmp_path: Path) -> None:
+    """By the process that follows, without anybody asking for it."""
+    layout, store, ended = tracked(tmp_path, "ours"), Store(), threading.Event()
+    store.fails = "no route to host"
+    following = threading.Thread(
+        target=lambda: follow(layout, ended, find=lambda name: store.open, seconds=0.001), daemon=True
+    )
+    following.start()
+    for _ in range(3):
+        assert store.was_closed.wait(60)
+        store.was_closed.clear()
+    store.fails = None
+    assert store.told.wait(60)
+    ended.set()
+    following.join(60)
+    assert [1, 2, 3] == [point.step for point in store.points]
+
+
+def test_a_ledger_that_takes_nothing_for_a_while_ends_no_telling(tmp_path: Path) -> None:
+    """As on a full disk: not even the failure can be recorded, and the next try sends the points."""
+    layout, store = tracked(tmp_path, "ours"), Store()
+    with Ledger(layout.ledger) as other, Ledger(layout.ledger, waiting=Waiting(0.0)) as ledger:
+        feed = make_feed(layout, ledger, "ours", lambda name: store.open)
+        with other.transaction():
+            other.put(x=1)
+            assert "OperationalError: database is locked" == tell(feed, ledger)
+        assert None is tell(feed, ledger)
+        assert [] == [event for event in ledger.events() if event.kind == "tracker"]
+    assert [1, 2, 3] == [point.step for point in store.points]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_ends_is_begun_again(tmp_path: Path) -> None:
+    """Whatever a tracker's library does in it."""
+    layout, store, ended, tries = tracked(tmp_path, "ours"), Store(), threading.Event(), iter(range(9))
+
+    def open_at_last(run: TrackedRun) -> Tracker:
+        if next(tries) < 2:
+            raise SystemExit
+        return store.open(run)
+
+    following = threading.Thread(
+        target=lambda: follow(layout, ended, find=lambda name: open_at_last, seconds=0.01), daemon=True
+    )
+    following.start()
+    assert store.told.wait(60)
+    ended.set()
+    following.join(60)
+    assert [1, 2, 3] == [point.step for point in store.points]
+
+
+def test_what_fails_when_it_is_closed_is_recorded_in_a_printable_line(tmp_path: Path) -> None:
+    """Cut to a length that a terminal shows; what was told stays told."""
+    layout, store = tracked(tmp_path, "ours"), Store()
+    store.fails_to_close = "\x1b[2J" + "x" * 1000
+    assert {"ours": None} == tell_once(layout, ["ours"], lambda name: store.open)
+    with Ledger(layout.ledger, read_only=True) as ledger:
+        row = ledger.tracker("ours")
+    assert row is not None
+    assert (3, f"ConnectionError: \\x1b[2J{'x' * 1000}"[:300]) == (row.step, row.problem)
+    store.fails_to_close = None
+    train_one(layout)
+    assert {"ours": None} == tell_once(layout, ["ours"], lambda name: store.open)
+    assert [1, 2, 3, 4] == [point.step for point in store.points]
+
+
+def test_a_run_is_named_by_its_directory_and_its_id(tmp_path: Path) -> None:
+    """Of the directory's name only what every tracker takes."""
+    layout, store = tracked(tmp_path, "ours"), Store()
+    moved = RunLayout(layout.root.rename(tmp_path / "my r\u00fcn/2".replace("/", ":")))
+    with Ledger(moved.ledger) as ledger:
+        ledger.put(run="0123456789abcdef")
+    tell_once(moved, ["ours"], lambda name: store.open)
+    (run,) = store.runs
+    assert ("0123456789abcdef", "my_r_n_2-01234567", None) == (run.id, run.name, run.known_as)
+
+
+def test_who_finds_another_process_telling_ends_when_asked_to(tmp_path: Path) -> None:
+    """It waits for that one to be done, and tells nothing meanwhile."""
+    layout, store, ended = tracked(tmp_path, "ours"), Store(), threading.Event()
+    ended.set()
+    with FileLock(layout.track_lock):
+        follow(layout, ended, find=lambda name: store.open)
+    assert [] == store.points
 
 
 def test_one_process_tells(tmp_path: Path) -> None:

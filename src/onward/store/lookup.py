@@ -84,6 +84,17 @@ def find_step(ledger: Ledger, to: str, steps: Sequence[int], option: str = "--to
     )
 
 
+def states_named(ledger: Ledger, text: str, steps: Sequence[int]) -> list[str]:
+    """Return what a text means to `find_step`, each in the form that says which; nothing if it names no state.
+
+    Args:
+        steps: as for `find_step`.
+    """
+    step = _step_meant(text, steps)
+    files = [] if text.startswith(STEP) else _matches(ledger.files("done"), text)
+    return [*(f"{FILE}{row.position}" for row in files), *([] if step is None else [f"{STEP}{step}"])]
+
+
 def _matches(rows: Sequence[FileRow], text: str) -> list[FileRow]:
     """Return the files that a text means: by name or position, or else by hash prefix."""
     exact = [row for row in rows if row.name == text]

@@ -25,7 +25,7 @@ from onward.store.ledger import Ledger
 from onward.training.boundary import cross_boundary
 from onward.training.checkpoints.checkpoint import Manifest
 from onward.training.checkpoints.loading import load_state
-from onward.training.schedule import cooling, learning_rate
+from onward.training.schedule import cooling
 from onward.training.state import TrainState
 from onward.training.trainer import Trainer
 
@@ -91,12 +91,12 @@ class Branch:
             UsageError: no row of the stream may be trained.
         """
         state, config = self.state, self.config
-        peak = state.learning_rate if state.step else learning_rate(config, 1, 1)
         files = sources_of(self.session.ledger, config)
         if not files:
             raise UsageError(
                 "nothing has been trained yet that a cooldown could take rows from", hint="onward train FILE"
             )
+        peak = state.learning_rate
         plan = CooldownPlan(files, config.batch_size, steps, f"{config.seed}:{self.manifest.state_digest}:{steps}")
         tokens = {sha256: self._open(sha256, stop) for sha256 in sorted(plan.needed)}
         cross_boundary(state, config.model_copy(update={"boundary": "carry"}), plan, state.cursor.position + 1)

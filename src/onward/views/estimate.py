@@ -21,18 +21,20 @@ import torch
 from onward.config import Config
 from onward.config.text import read_config
 from onward.data.plan.loader import batch_at
-from onward.data.plan.order import FilePlan, make_plan
+from onward.data.plan.order import make_plan
+from onward.data.plan.replay import StreamPlan
 from onward.data.row_tokenizer import Fitted
 from onward.data.tokenize import check_rows
 from onward.data.tokenized import TokenizedFile, TokenizedWriter
 from onward.digest import sha256_file
-from onward.errors import OnwardError, UsageError
+from onward.errors import OnwardError
 from onward.layout import RunLayout
 from onward.library.making import open_ledger
 from onward.service.intake.folders import require_file
 from onward.service.intake.names import plain_name
 from onward.service.intake.refusals import Refusal
 from onward.service.intake.rules import RulesOfRun
+from onward.service.knowledge.plans import OpenSources, plan_at
 from onward.service.owner.training.start import load_start
 from onward.service.session import Session, open_session
 from onward.service.state.reading import snapshot
@@ -61,7 +63,7 @@ class Estimate:
     Args:
         name: the file's name.
         steps: optimizer steps, over all epochs.
-        tokens: tokens in them.
+        tokens: tokens in them, with those of replayed rows; of a very long file, as its first steps suggest.
         seconds: wall time of the steps; commits run behind them.
         timed_steps: steps that were measured, including the heaviest.
         tokens_per_second: the pace of the timed steps.
@@ -107,10 +109,12 @@ def estimate(layout: RunLayout, path: Path, price_per_hour: float | None = None)
     with open_ledger(layout) as ledger, tempfile.TemporaryDirectory(prefix="onward-estimate-") as scratch:
         config = read_config(layout.config)
         tokens = _tokenize(layout, ledger, path, config, Path(scratch) / "tokens")
-        plan = make_plan(sha256_file(path), tokens.rows, config)
+        own = make_plan(sha256_file(path), tokens.rows, config)
+        plan = plan_at(ledger, own, config, ledger.last_position() + 1)
         session = open_session(layout, ledger, report=lambda _: None)
+        files = OpenSources(session, lambda: None).of_plan(plan, tokens)
         state = _copy_of_state(layout, session, Path(scratch) / "state")
-        measured = _Measured(session, state, config, {plan.sha256: tokens}, plan)
+        measured = _Measured(session, state, config, files, plan)
         try:
             measured.measure()
         except Exception as error:
@@ -126,7 +130,7 @@ class _Measured:
     """Steps of a file taken on a copy, in any order, and how long they took."""
 
     def __init__(
-        self, session: Session, state: TrainState, config: Config, files: Mapping[str, TokenizedFile], plan: FilePlan
+        self, session: Session, state: TrainState, config: Config, files: Mapping[str, TokenizedFile], plan: StreamPlan
     ) -> None:
         position = state.cursor.position + (1 if state.cursor.at_boundary else 0)
         state.cursor = replace(state.cursor, step=0, steps=0)
@@ -136,13 +140,12 @@ class _Measured:
         self.plan = plan
         self.trainer = Trainer(state, config, session.execution)
         self.device = session.device
-        self.seconds, self.tokens, self.steps, self.heaviest = 0.0, 0, 0, 0
+        self.weights = self._tokens_of_steps()
+        self.seconds, self.tokens, self.steps = 0.0, 0, 0
 
     def measure(self) -> None:
         """Take the heaviest step twice, then others far apart, until there are enough."""
-        weights = self._tokens_of_steps()
-        heaviest = max(range(len(weights)), key=weights.__getitem__)
-        self.heaviest = weights[heaviest]
+        heaviest = max(range(len(self.weights)), key=self.weights.__getitem__)
         self._take(heaviest)
         count = min(TIMED, self.plan.steps)
         others = [self.plan.steps * part // count for part in range(count)]
@@ -165,9 +168,9 @@ class _Measured:
         return tokens
 
     def _tokens_of_steps(self) -> list[int]:
-        lengths = self.files[self.plan.sha256].lengths()
+        lengths = {sha256: tokens.lengths() for sha256, tokens in self.files.items()}
         steps = range(min(self.plan.steps, LOOKED_AT))
-        return [sum(int(lengths[reference.row]) for reference in self.plan.rows_at(step)) for step in steps]
+        return [sum(int(lengths[row.sha256][row.row]) for row in self.plan.rows_at(step)) for step in steps]
 
 
 def _tokenize(layout: RunLayout, ledger: Ledger, path: Path, config: Config, target: Path) -> TokenizedFile:
@@ -211,13 +214,9 @@ def _does_not_fit(path: Path, device: torch.device) -> OnwardError:
 
 
 def _result(
-    path: Path, plan: FilePlan, measured: _Measured, memory: tuple[int, int | None], price_per_hour: float | None
+    path: Path, plan: StreamPlan, measured: _Measured, memory: tuple[int, int | None], price_per_hour: float | None
 ) -> Estimate:
-    if not measured.seconds:
-        raise UsageError("the file has no steps", where=path)
-    lengths = measured.files[plan.sha256].lengths()
-    epochs = plan.steps // plan.steps_per_epoch
-    tokens = int(lengths.sum()) * epochs
+    tokens = round(sum(measured.weights) * plan.steps / len(measured.weights))
     pace = measured.tokens / measured.seconds
     seconds = tokens / pace
     device = measured.device
@@ -230,7 +229,7 @@ def _result(
         tokens_per_second=pace,
         memory_bytes=memory[0],
         memory_total_bytes=memory[1],
-        heaviest_tokens=measured.heaviest,
+        heaviest_tokens=max(measured.weights),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         cost=None if price_per_hour is None else seconds / 3600 * price_per_hour,
     )

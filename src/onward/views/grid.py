@@ -74,8 +74,10 @@ def grid_lines(whole: Values) -> list[str]:
 def _figures(grid: Values) -> list[str]:
     forgetting = grid["forgetting"]
     worst = forgetting["file"]
-    name = next((file["name"] for file in grid["files"] if file["position"] == worst), None)
-    where = "" if name is None else f", worst {_number(forgetting['worst'])} (file {worst}, {printable(name)})"
+    names = {file["position"]: file["name"] for file in grid["files"] if file["position"] is not None}
+    where = (
+        f", worst {_number(forgetting['worst'])} (file {worst}, {printable(names[worst])})" if worst in names else ""
+    )
     lines = [
         f"average loss now   {_number(grid['average'])}",
         f"forgetting         {_number(forgetting['mean'])} mean{where}",

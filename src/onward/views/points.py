@@ -20,7 +20,7 @@ from onward.layout import MANIFEST, RunLayout, entries, step_of
 from onward.service.state.ownership import Ownership
 from onward.service.state.reading import ATTEMPTS, find_newest, link_checkpoint, link_newest, newest_checkpoint
 from onward.store.ledger import Ledger
-from onward.store.lookup import FILE, STEP, find_step
+from onward.store.lookup import FILE, STEP, find_step, states_named
 from onward.training.checkpoints.checkpoint import Manifest, inspect_checkpoint
 from onward.training.checkpoints.huggingface import FOR_TRAINING
 from onward.views.locked import make_locked
@@ -144,7 +144,7 @@ def _release_meant(layout: RunLayout, at: str) -> str | None:
     """Return the name of the release that a text means; None if it means none.
 
     Raises:
-        UsageError: there is no release with the name after `release:`, or a file has the same name.
+        UsageError: there is no release with the name after `release:`, or a file or a step may be meant too.
     """
     names = [path.name for path in entries(layout.releases) if path.is_dir() and not path.name.startswith(".")]
     if at.startswith(RELEASE):
@@ -153,12 +153,14 @@ def _release_meant(layout: RunLayout, at: str) -> str | None:
             hint = f"Releases: {', '.join(names) or 'none'}."
             raise UsageError(f"there is no release {name!r}", where=AT, hint=hint)
         return name
-    if at not in names:
+    if at not in names or at.startswith((FILE, STEP)):
         return None
     with Ledger(layout.ledger, read_only=True) as ledger:
-        if any(row.name == at or str(row.position) == at for row in ledger.files("done")):
-            hint = f"Say which one: {AT} {FILE}{at} or {AT} {RELEASE}{at}"
-            raise UsageError(f"{at!r} is both a file of the stream and the name of a release", where=AT, hint=hint)
+        others = states_named(ledger, at, list(_kept_folders(layout, ledger)))
+    if others:
+        what = f"{at!r} is the name of a release, and a file or a step of the stream"
+        hint = f"Say which one: {AT} {f', {AT} '.join(others)} or {AT} {RELEASE}{at}"
+        raise UsageError(what, where=AT, hint=hint)
     return at
 
 
@@ -213,10 +215,14 @@ def _link_step(layout: RunLayout, at: str, folder: Path, left_out: Collection[st
 def _kept_states(layout: RunLayout, at: str) -> tuple[dict[int, Path], int]:
     """Return the folders of all states that are kept, by step, and the step that is meant."""
     with Ledger(layout.ledger, read_only=True) as ledger:
-        points = {step_of(point): point for point in Ownership(layout, ledger).restore_points()}
-        newest = find_newest(layout, ledger.get("run"))
-        kept = points if newest is None else {step_of(newest): newest, **points}
+        kept = _kept_folders(layout, ledger)
         return kept, find_step(ledger, at, sorted(kept), AT)
+
+
+def _kept_folders(layout: RunLayout, ledger: Ledger) -> dict[int, Path]:
+    points = {step_of(point): point for point in Ownership(layout, ledger).restore_points()}
+    newest = find_newest(layout, ledger.get("run"))
+    return points if newest is None else {step_of(newest): newest, **points}
 
 
 def _no_longer_kept(layout: RunLayout, step: int, kept: Collection[int]) -> UsageError:

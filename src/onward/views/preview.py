@@ -82,7 +82,7 @@ class Preview:
         report: what checking all of its rows found.
         max_length: tokens that a row may have.
         steps: optimizer steps that training it takes.
-        seconds: how long those take at the pace of the newest steps; None if the run has none.
+        seconds: how long those take, about, at the pace of the newest steps; None if the run has none.
         kept: line, tokens and whether they were cut, for each row to be shown.
         decode: returns the text of token ids.
     """
@@ -167,14 +167,14 @@ def preview(layout: RunLayout, path: Path, count: int | None, *, worst: bool) ->
     with Ledger(layout.ledger, read_only=True) as ledger:
         rules = RulesOfRun(layout, ledger, lambda: config)()
         name, report = _checked(path, rules, kept)
-        steps = make_plan("", report.rows, config).steps
-        seconds = _seconds(ledger, report, config)
+        plan = make_plan("", report.rows, config)
+        seconds = _seconds(ledger, report.tokens * plan.trained_rows / report.rows, config)
     backend: Any = rules.tokenizer.state.tokenizer
 
     def decode(ids: list[int]) -> str:
         return backend.decode(ids, skip_special_tokens=False)
 
-    return Preview(name, report, config.max_length, steps, seconds, kept.rows(), decode)
+    return Preview(name, report, config.max_length, plan.steps, seconds, kept.rows(), decode)
 
 
 def _checked(path: Path, rules: RowRules, observe: Callable[[int, Fitted], None]) -> tuple[str, IntakeReport]:
@@ -260,8 +260,9 @@ def rejection(refusal: Refusal) -> FileRejected:
     return FileRejected(f"the file would be rejected:\n{lines}", where=refusal.name, hint=hint)
 
 
-def _seconds(ledger: Ledger, report: IntakeReport, config: Config) -> float | None:
+def _seconds(ledger: Ledger, tokens: float, config: Config) -> float | None:
+    """Return how long an epoch's tokens of a file take in all epochs, with the rows that are replayed in them."""
     last = ledger.at_position(ledger.last_position())
     steps = ledger.last_steps(last.id, PACE) if last is not None else []
-    tokens, seconds = sum(step.tokens for step in steps), sum(step.seconds for step in steps)
-    return report.tokens * config.epochs * seconds / tokens if tokens else None
+    taken, seconds = sum(step.tokens for step in steps), sum(step.seconds for step in steps)
+    return tokens * (1 + config.replay.share) * config.epochs * seconds / taken if taken else None

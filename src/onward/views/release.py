@@ -70,7 +70,7 @@ class Order:
             return 0 if self.average > 1 else max(LEAST, round(SHARE * global_step))
         if 0 < self.cooldown < 1:
             return max(1, round(self.cooldown * global_step))
-        if self.cooldown != int(self.cooldown) or self.cooldown < 0:
+        if self.cooldown < 0 or not float(self.cooldown).is_integer():
             raise UsageError("a cooldown is a number of steps, or a share below 1", where="--cooldown")
         return int(self.cooldown)
 
@@ -100,6 +100,7 @@ class Making:
         """
         target = self._free(order.name)
         step, averaged = self._boundaries(order)
+        steps = order.steps_of(step)
         with self._published(target) as folder, own_folder(self.layout) as scratch:
             copy = copy_run(self.layout, scratch / "run", step)
             self.report("verifying the boundary")
@@ -109,7 +110,6 @@ class Making:
                 if len(averaged) > 1:
                     self.report(f"averaging the states of steps {', '.join(map(str, averaged))}")
                     branch.average(self.layout, averaged)
-                steps = order.steps_of(step)
                 peak = branch.cool(steps, self.observe, self.wishes.check) if steps else None
                 about = {"cooldown": {"steps": steps, "learning_rate": peak}, "averaged": averaged}
                 about |= {"verified": proof.ok, "checks": [asdict(check) for check in proof.checks]}

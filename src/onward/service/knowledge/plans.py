@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from onward.config import Config, stored_config
 from onward.data.plan.holdout import count_held_out, held_out_rows
-from onward.data.plan.order import make_plan
+from onward.data.plan.order import FilePlan, make_plan
 from onward.data.plan.replay import ReplayPlan, Source, StreamPlan, needed_by
 from onward.data.tokenized import TokenizedFile
 from onward.digest import sha256_json
@@ -33,16 +33,20 @@ def plan_of(ledger: Ledger, row: FileRow, rows: int, config: Config, position: i
         config: the config in force for the file.
         position: its place in the stream, present or future.
     """
-    own = make_plan(row.sha256, rows, config, row.occurrence)
+    return plan_at(ledger, make_plan(row.sha256, rows, config, row.occurrence), config, position)
+
+
+def plan_at(ledger: Ledger, own: FilePlan, config: Config, position: int) -> StreamPlan:
+    """Return the plan that a file with a plan of its own has at a place in the stream, as `plan_of` does."""
     if not config.replay.share:
         return own
     before = [other for other in ledger.in_stream(after=0) if other.place < position]
-    sources = _sources(ledger, before, row.sha256, config)
+    sources = _sources(ledger, before, own.sha256, config)
     if not sources:
         return own
     stream = ""
-    for other in (*before, row):
-        stream = sha256_json([stream, other.sha256])
+    for sha256 in (*(other.sha256 for other in before), own.sha256):
+        stream = sha256_json([stream, sha256])
     key = f"onward replay 1:{config.seed}:{stream}"
     return ReplayPlan(own, sources, config.replay.share, config.replay.policy != "uniform", key)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from onward.service.pauses import pause_after
 from onward.service.shown import BUSY
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
@@ -41,8 +42,8 @@ class Crash:
 
     @property
     def waits(self) -> float:
-        """Seconds to wait before continuing, before any upper bound."""
-        return 2.0 ** (self.deaths.count - 2) if self.deaths.count >= PATIENT else 0.0
+        """Seconds to wait before continuing."""
+        return pause_after(self.deaths.count - PATIENT + 1, 2.0) if self.deaths.count >= PATIENT else 0.0
 
 
 def find_crash(ledger: Ledger) -> Crash | None:

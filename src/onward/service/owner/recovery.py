@@ -9,14 +9,13 @@ from onward.errors import OnwardError
 from onward.service.owner import faults
 from onward.service.owner.crashes import DIED, Crash
 from onward.service.owner.owned import Owned
+from onward.service.pauses import pause_after
 from onward.service.shown import FAILED, PAUSED
 
 TICK = 0.05
 """Seconds between two checks of what may end the wait."""
 FULL_DISK = 2.0
 """Seconds between two tries while the disk is full."""
-LONGEST = 300.0
-"""The most seconds that a daemon waits before it tries again."""
 
 
 class Recovery:
@@ -37,7 +36,7 @@ class Recovery:
             full: whether it failed because the disk takes no more.
         """
         self._failures += 1
-        seconds = FULL_DISK if full else min(2.0 ** (self._failures - 1), LONGEST)
+        seconds = FULL_DISK if full else pause_after(self._failures)
         place = f" [{error.where}]" if isinstance(error, OnwardError) and error.where else ""
         again = f"tried again in {seconds:.0f} s (failure {self._failures} in a row)"
         what = faults.describe(error)
@@ -59,10 +58,9 @@ class Recovery:
             faults.quarantine(owned.layout, owned.ledger, row, reason)
             owned.ledger.put(**{DIED: None})
         elif crash.waits:
-            seconds = min(crash.waits, LONGEST)
-            problem = f"the process died {deaths.count} times after step {deaths.step}; goes on in {seconds:.0f} s"
+            problem = f"the process died {deaths.count} times after step {deaths.step}; goes on in {crash.waits:.0f} s"
             owned.shown.set(FAILED, problem)
-            self._rest(seconds)
+            self._rest(crash.waits)
 
     def _rest(self, seconds: float) -> None:
         ends = time.monotonic() + seconds

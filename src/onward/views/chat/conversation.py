@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import secrets
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from onward.atomic import move_to_free_name, write_file
 from onward.data.row_types import Message
@@ -81,23 +84,32 @@ def save_row(row: dict[str, Any], layout: RunLayout, path: Path | None = None) -
             return _into_inbox(line, layout.inbox)
         if path.suffix != ".jsonl":
             raise UsageError("rows are saved in a .jsonl file", where=path, hint=f"/save {quoted(path)}.jsonl")
-        with path.open("ab") as stream:
-            stream.write(line)
+        with path.open("ab+") as stream:
+            stream.write(line if _ends_a_line(stream) else b"\n" + line)
     except OSError as error:
         raise UsageError(f"the row cannot be saved: {error.strerror}", where=error.filename or path) from None
     return path
+
+
+def _ends_a_line(stream: BinaryIO) -> bool:
+    """Return whether a file is empty or ends with a line end, as editors may leave it or not."""
+    if stream.seek(0, os.SEEK_END) == 0:
+        return True
+    stream.seek(-1, os.SEEK_END)
+    return stream.read(1) == b"\n"
 
 
 def _into_inbox(line: bytes, inbox: Path) -> Path:
     """Atomically put a file into the inbox, under a name that is not taken."""
     stem = time.strftime("chat-%Y%m%d-%H%M%S")
     names = [f"{stem}.jsonl", *(f"{stem}-{number}.jsonl" for number in range(2, 1000))]
-    temporary = inbox / f".{stem}.part"
-    write_file(temporary, line)
-    for name in names:
-        try:
-            move_to_free_name(temporary, inbox / name)
-        except FileExistsError:
-            continue
-        return inbox / name
+    temporary = inbox / f".{stem}-{secrets.token_hex(4)}.part"  # others may save in this second
+    try:
+        write_file(temporary, line)
+        for name in names:
+            with contextlib.suppress(FileExistsError):
+                move_to_free_name(temporary, inbox / name)
+                return inbox / name
+    finally:
+        temporary.unlink(missing_ok=True)
     raise FileExistsError(17, "a thousand rows were saved within this second", str(inbox))

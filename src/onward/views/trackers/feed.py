@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow, StepRecord, TrackerRow
-from onward.views.trackers.tracker import Point, Tracker
+from onward.views.trackers.tracker import Held, Point, Tracker
 
 BATCH = 500
 """How many points are sent at a time."""
@@ -83,11 +83,7 @@ class Feed:
             return self._tracker
         cursor = self.cursor
         tracker = self._tracker = self._open(cursor.run_id)
-        held = tracker.held()
-        step = cursor.step
-        if held is not None and held.rollbacks == cursor.rollbacks and held.step >= cursor.since:
-            step = held.step if held.is_all else max(held.step, cursor.step)
-        self._ledger.keep_tracker(replace(cursor, run_id=tracker.id, step=step))
+        self._ledger.keep_tracker(replace(cursor, run_id=tracker.id, step=_received(cursor, tracker.held())))
         return tracker
 
     def _go_back(self, tracker: Tracker, cursor: TrackerRow) -> TrackerRow:
@@ -130,6 +126,17 @@ class Feed:
                 tracker.close()
             except Exception:  # its failure was already reported
                 return
+
+
+def _received(cursor: TrackerRow, held: Held | None) -> int:
+    """Return the last step that a tracker has of the run as it is, by what it says and what the ledger knows."""
+    if held is None or held.rollbacks > cursor.rollbacks:
+        return cursor.step
+    if not held.is_all:
+        return max(held.step, cursor.step) if held.rollbacks == cursor.rollbacks else cursor.step
+    if held.rollbacks == cursor.rollbacks:
+        return held.step
+    return min(held.step, cursor.since, cursor.step)  # it lost all that replaced what was undone
 
 
 def _values(row: FileRow, record: StepRecord) -> dict[str, float]:

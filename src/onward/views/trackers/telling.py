@@ -6,7 +6,9 @@ process, at the lowest priority: whatever a tracker's library does, it does not 
 
 from __future__ import annotations
 
+import contextlib
 import re
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from onward.config.keys import SECRET_KEYS
 from onward.errors import OnwardError, RunLocked, UsageError, first_line
 from onward.layout import RunLayout
 from onward.library.making import open_ledger
+from onward.service.pauses import pause_after
 from onward.service.settings import Settings
 from onward.store.ledger import Ledger
 from onward.store.waiting import Waiting
@@ -30,8 +33,6 @@ from onward.views.trackers.tracker import Factory, TrackedRun, Tracker
 
 SECONDS = 5.0
 """Seconds between two looks at the ledger."""
-LONGEST_PAUSE = 300.0
-"""The most seconds before a tracker that failed is tried again."""
 PATIENCE = 60.0
 """Seconds that the last points may take once the run's owner has ended."""
 REASON_LENGTH = 300
@@ -70,8 +71,7 @@ class Telling(threading.Thread):
                 failures = 0 if tell(feed, ledger) is None else failures + 1
                 if is_last:
                     break
-                pause = min(self._seconds * 2.0**failures, LONGEST_PAUSE) if failures else self._seconds
-                self._ended.wait(pause)
+                self._ended.wait(pause_after(failures, 2.0 * self._seconds) if failures else self._seconds)
             close(feed, ledger)
 
     def _feed(self, ledger: Ledger) -> Feed:
@@ -102,14 +102,13 @@ def public_config(config: Config) -> dict[str, Any]:
 
 def tell(feed: Feed, ledger: Ledger) -> str | None:
     """Send a tracker what it lacks; return why that failed, or None. A failure, and its end, are recorded once."""
+    reason = None
     try:
         feed.tell()
     except Exception as error:
         reason = _reason(error)
-        _note_failure(feed, ledger, reason)
-        return reason
-    _note_success(feed, ledger)
-    return None
+    _note(feed, ledger, reason)
+    return reason
 
 
 def close(feed: Feed, ledger: Ledger) -> None:
@@ -117,7 +116,7 @@ def close(feed: Feed, ledger: Ledger) -> None:
     try:
         feed.close()
     except Exception as error:
-        _note_failure(feed, ledger, _reason(error))
+        _note(feed, ledger, _reason(error))
 
 
 def tell_once(layout: RunLayout, names: list[str], find: Find = find_tracker) -> dict[str, str | None]:
@@ -164,7 +163,7 @@ def _follow(layout: RunLayout, ended: threading.Event, find: Find, seconds: floa
         is_last = ended.is_set()
         settings.refresh()
         for name in settings.current.track:
-            if name not in telling:
+            if name not in telling or not telling[name].is_alive():
                 telling[name] = Telling(layout, name, find=find, seconds=seconds)
                 telling[name].start()
         for name in telling.keys() - set(settings.current.track):
@@ -177,6 +176,14 @@ def _follow(layout: RunLayout, ended: threading.Event, find: Find, seconds: floa
     until = time.monotonic() + PATIENCE
     for thread in telling.values():
         thread.join(max(0.0, until - time.monotonic()))
+
+
+def _note(feed: Feed, ledger: Ledger, reason: str | None) -> None:
+    with contextlib.suppress(sqlite3.OperationalError):  # a full disk, say: the next try records how it then is
+        if reason is None:
+            _note_success(feed, ledger)
+        else:
+            _note_failure(feed, ledger, reason)
 
 
 def _note_failure(feed: Feed, ledger: Ledger, reason: str) -> None:

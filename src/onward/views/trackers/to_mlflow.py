@@ -32,12 +32,10 @@ class MlflowTracker:
         experiment = self._experiment(name, run)
         self.id: str = self._known(run.known_as) or self._found(experiment, run) or self._made(experiment, run)
 
-    def held(self) -> Held | None:
+    def held(self) -> Held:
         """Return the newest values of `step` and `rollbacks`; MLflow writes each call whole or not at all."""
         metrics = self._client.get_run(self.id).data.metrics
-        if "step" not in metrics:
-            return None
-        return Held(int(metrics["step"]), int(metrics["rollbacks"]))
+        return Held(int(metrics.get("step", -1)), int(metrics.get("rollbacks", 0)))
 
     def log(self, points: Sequence[Point]) -> None:
         """Log the points, with as many whole points per call as one call takes."""

@@ -52,7 +52,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Held:
-    """The newest step that a tracker has: its values `step` and `rollbacks`.
+    """The newest step that a tracker has: its values `step` and `rollbacks`; -1 and 0 if it has none.
 
     `is_all` says that it certainly has no later one, so that anything sent beyond that is lost and sent again.
     """

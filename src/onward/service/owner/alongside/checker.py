@@ -7,10 +7,9 @@ import time
 from collections.abc import Callable
 
 from onward.service.intake.checker import FACT
+from onward.service.pauses import pause_after
 from onward.store.ledger import Ledger
 
-LONGEST_PAUSE = 300.0
-"""The most seconds before it is started again after a failure."""
 PATIENCE = 5.0
 """Seconds that it may take to end when asked to."""
 
@@ -79,7 +78,7 @@ class Checker:
 
     def _fail(self, what: str) -> None:
         self._failures += 1
-        seconds = min(2.0**self._failures, LONGEST_PAUSE)
+        seconds = pause_after(self._failures, 2.0)
         self._not_before = self._monotonic() + seconds
         self.problem = f"{what}; tried again in {seconds:.0f} s (failure {self._failures} in a row)"
 

@@ -9,8 +9,8 @@ import subprocess
 import time
 from collections.abc import Callable
 
-LONGEST_PAUSE = 300.0
-"""The most seconds before it is started again after it ended."""
+from onward.service.pauses import pause_after
+
 PATIENCE = 20.0
 """Seconds that it may take to report the rest once the owner is done; longer than it gives its trackers."""
 
@@ -36,7 +36,7 @@ class Tracking:
         if runs or not self._is_wanted() or time.monotonic() < self._not_before:
             return
         self._starts += 1
-        self._not_before = time.monotonic() + min(2.0**self._starts, LONGEST_PAUSE)
+        self._not_before = time.monotonic() + pause_after(self._starts, 2.0)
         self._process = self._start()
 
     def end(self) -> bool:
