@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from daemons import configure
 from filelock import FileLock
 from runs import new_run
@@ -22,6 +23,7 @@ from onward.errors import DamagedState
 from onward.layout import MANIFEST, RunLayout, step_of
 from onward.service.holder import is_held
 from onward.service.lock import RunLock
+from onward.service.proof.doctor import machine
 from onward.service.proof.doctor.examination import examine
 from onward.service.proof.doctor.finding import Finding
 from onward.status import read_history, read_status
@@ -67,6 +69,29 @@ def test_a_changed_identity_key_is_shown_with_both_values(layout: RunLayout) -> 
     configure(Run(layout.root), seed=7, learning_rate=0.5)
     (found,) = findings(layout, "identity")
     assert ("error", "locked keys were changed: seed: the run has 0, the config says 7") == (found.level, found.message)
+
+
+@pytest.mark.parametrize(
+    ("processors", "threads", "words"),
+    [
+        (None, 64, None), (2.0, 2, None), (1.5, 2, None),
+        (1.5, 3, ("the time of 1.5 processors", "OMP_NUM_THREADS=2")),
+        (1.0, 8, ("the time of 1 processor", "OMP_NUM_THREADS=1")),
+        (0.25, 2, ("the time of 0.25 processors", "OMP_NUM_THREADS=1")),
+    ],
+)  # fmt: skip
+def test_more_threads_than_processors_are_warned_of(
+    processors: float | None, threads: int, words: tuple[str, str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a control group gives less time than there are processors, threads wait for each other."""
+    monkeypatch.setattr(machine, "read_processors", lambda: processors)
+    monkeypatch.setattr(machine, "pick_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    found = [*machine.check_threads()]
+    assert ["warning"] * (words is not None) == [finding.level for finding in found]
+    for finding in found:
+        assert finding.message == f"PyTorch computes with {threads} threads; a control group gives them {words[0]}"  # type: ignore[index]
+        assert str(finding.hint).startswith(f"Set {words[1]}, from a run's first file on")  # type: ignore[index]
 
 
 def test_a_paused_run_has_not_failed(layout: RunLayout) -> None:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from processes import apart
 
-from onward.service.proof.doctor.machine import check_threads
 from onward.training.device.control_groups import Limit, read_limits, read_processors
 from onward.training.device.memory import read_total, read_usage
 
@@ -165,22 +164,12 @@ def slow_job() -> Generator[Path]:
 
 
 def _in_a_slow_job(folder: str) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # threads are of interest where a CPU trains
     Path(folder, "cgroup.procs").write_text(str(os.getpid()))
     assert 1.5 == read_processors()
-    torch.set_num_threads(2)
-    assert [] == list(check_threads())
-    torch.set_num_threads(3)
-    (found,) = check_threads()
-    what = "PyTorch computes with 3 threads; a control group gives them the time of 1.5 processors"
-    hint = "Set OMP_NUM_THREADS=2, from a run's first file on: bits depend on it"
-    assert ("warning", what, hint) == (found.level, found.message, found.hint)
 
 
-def test_more_threads_than_processors_are_warned_of(slow_job: Path) -> None:
-    """PyTorch counts the processors that it may run on, not how much of their time it gets: its threads then wait for
-    each other.
-    """
+def test_the_kernel_s_own_share_is_found(slow_job: Path) -> None:
+    """PyTorch counts the processors that it may run on, not how much of their time it gets."""
     assert 0 == apart(_in_a_slow_job, str(slow_job))
 
 
