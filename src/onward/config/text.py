@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -16,19 +15,8 @@ from onward.config.config import Config, known_keys
 from onward.config.keys import IDENTITY_KEYS, NEAR_SECRETS, SECTIONS
 from onward.errors import ConfigError, Unreadable
 
-if TYPE_CHECKING:
-    _SafeLoader = yaml.SafeLoader
-else:  # libyaml's is ten times faster, and the config is read at every boundary
-    _SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
-
-class _Loader(_SafeLoader):
-    """Refuses a key that is given twice, as YAML itself does; PyYAML takes the last value."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        _require_once(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        return super().construct_mapping(node, deep)
-
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""libyaml's safe loader where PyYAML has it: ten times faster, and the config is read at every boundary."""
 
 KEYS_HINT = "docs/config.md lists every key with its values."
 MISSING_HINT = (
@@ -61,8 +49,7 @@ def read_config(path: Path) -> Config:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
-        values = _read_json(text) if path.suffix == ".json" else yaml.load(text, _Loader)
-        _require_once(_names(values))
+        values = json.loads(text) if path.suffix == ".json" else yaml.load(text, _LOADER)
     except FileNotFoundError:
         raise ConfigError("the config is missing", where=path, hint=MISSING_HINT) from None
     except (IsADirectoryError, yaml.YAMLError, ValueError, RecursionError) as error:  # too long or too deep, too
@@ -76,7 +63,7 @@ def read_config(path: Path) -> Config:
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
-    """Turn `KEY=VALUE` words into a flat mapping; values are read as YAML, and later words override earlier ones.
+    """Turn `KEY=VALUE` words into a flat mapping; values are read as YAML.
 
     Raises:
         ConfigError: a word without `=`, an unknown key, or a value that is not YAML.
@@ -87,7 +74,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
         if not separator or not key.strip():
             raise ConfigError(f"{setting!r} is not KEY=VALUE", where="--set", hint="For instance: --set lora.rank=8")
         try:
-            values[key.strip()] = yaml.load(text, _Loader)
+            values[key.strip()] = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError, RecursionError):
             hint = "Values are YAML: a number, a word, or a list such as [q_proj, v_proj]."
             raise ConfigError(f"the value of {key} cannot be read: {text!r}", where="--set", hint=hint) from None
@@ -116,30 +103,6 @@ def _scalar(value: Any) -> str:
     text = json.dumps(list(cast(tuple[Any, ...], value)) if isinstance(value, tuple) else value, ensure_ascii=False)
     has_no_point = isinstance(value, float) and "." not in text
     return text.replace("e", ".0e") if has_no_point else text  # 1e-08 is a number only in YAML 1.2
-
-
-def _read_json(text: str) -> Any:
-    def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        _require_once(key for key, _ in pairs)
-        return dict(pairs)
-
-    return json.loads(text, object_pairs_hook=mapping)
-
-
-def _names(values: Any) -> Iterator[str]:
-    """Yield the dotted keys of nested or dotted values."""
-    for key, value in values.items() if isinstance(values, dict) else ():
-        if isinstance(value, dict):
-            yield from (f"{key}.{name}" for name in cast(dict[Any, Any], value))
-        else:
-            yield str(key)
-
-
-def _require_once(keys: Iterable[str]) -> None:
-    """Raise ValueError if a key comes again: which of its values is meant is not known."""
-    twice = [key for key, count in Counter(keys).items() if count > 1]
-    if twice:
-        raise ValueError(f"{', '.join(twice)} is given twice")
 
 
 def _nested(values: Mapping[str, Any], where: object) -> dict[str, Any]:
