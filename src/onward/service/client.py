@@ -36,7 +36,7 @@ class Take(Protocol):
         ...
 
 
-class EndedFirst(OnwardError):
+class EndedFirst(Exception):
     """A process that was asked for something ended without an answer: it was killed, or its disk is full."""
 
 
@@ -200,7 +200,7 @@ def request(layout: RunLayout, ledger: Ledger, patience: float, wish: Wish) -> s
         if not held or (row is not None and row.answer == EXPIRED):
             with contextlib.suppress(sqlite3.OperationalError):  # the next process closes the request
                 ledger.acknowledge(number, ENDED_FIRST)
-            raise EndedFirst("the process ended before it answered", where=layout.root, hint="onward status")
+            raise EndedFirst
         _require_life(layout, ledger)
         time.sleep(POLL_SECONDS)
     return f"the request is not yet acknowledged after {patience:.0f} s; onward status shows when it is"

@@ -6,7 +6,7 @@ import os
 import signal
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -16,6 +16,9 @@ from onward.errors import UsageError
 from onward.layout import RunLayout
 from onward.terminal import say, show_line
 from onward.text import printable
+
+if TYPE_CHECKING:
+    from onward.service.outside.elastic import Devices
 
 
 def mcp(run: RunOption = Path()) -> None:
@@ -64,8 +67,7 @@ def service(
 ) -> None:
     """Print a systemd unit or a scheduler's file to start the run."""
     from onward.service.outside.launch.formats import SCHEDULERS
-    from onward.service.outside.launch.job import as_asked, describe, read_asked, require_parts, threads_of
-    from onward.service.outside.unit import Host, systemd_unit
+    from onward.service.outside.launch.job import describe, read_asked, require_parts
 
     layout = RunLayout(run)
     layout.require()
@@ -76,10 +78,7 @@ def service(
             raise UsageError(
                 "a systemd unit starts one machine only", where="--nodes", hint="onward service --for slurm"
             )
-        host = Host.here()
-        threads, devices = threads_of(layout, host), as_asked(asked)
-        unit = systemd_unit(layout.root, user, host, devices=devices, on_cpu=bool(cpu), threads=threads)
-        show_line(unit.rstrip("\n"))
+        show_line(_unit(layout, user, asked, on_cpu=bool(cpu)).rstrip("\n"))
         return
     if scheduler not in SCHEDULERS:
         hint = f"One of systemd, {', '.join(SCHEDULERS)}."
@@ -89,3 +88,12 @@ def service(
             "--user applies only to systemd", where="--user", hint="Schedulers run a job as the user who submits it."
         )
     show_line(SCHEDULERS[scheduler](describe(layout, asked, nodes, on_cpu=cpu)).rstrip("\n"))
+
+
+def _unit(layout: RunLayout, user: str | None, devices: Devices, *, on_cpu: bool) -> str:
+    from onward.service.outside.launch.job import as_asked, threads_of
+    from onward.service.outside.unit import Host, systemd_unit
+
+    host = Host.here()
+    threads = threads_of(layout, host)
+    return systemd_unit(layout.root, user, host, devices=as_asked(devices), on_cpu=on_cpu, threads=threads)

@@ -65,6 +65,8 @@ KEPT_VARIABLES = ("ONWARD_CACHE", "XDG_CACHE_HOME", "HF_HOME")
 """Variables that say where models are kept; the unit gets those that are set when it is printed."""
 THREADS = "OMP_NUM_THREADS"
 """The variable with the number of threads, on which bits depend."""
+GPUS = "CUDA_VISIBLE_DEVICES"
+"""The variable with the GPUs that a process sees; with no value, none."""
 TEMPORARY = (Path("/tmp"), Path("/var/tmp"))
 """What PrivateTmp replaces."""
 
@@ -85,6 +87,11 @@ class Host:
         umask = os.umask(0o077)
         os.umask(umask)
         return cls(os.geteuid(), umask, sys.executable, dict(os.environ))
+
+    @property
+    def kept(self) -> dict[str, str]:
+        """Those of `KEPT_VARIABLES` that are set."""
+        return {name: self.environment[name] for name in KEPT_VARIABLES if self.environment.get(name)}
 
 
 def systemd_unit(
@@ -115,14 +122,12 @@ def systemd_unit(
             raise UsageError("a unit cannot use a path with control characters", where=path, hint=hint)
     account = _account(run, user, host.uid)
     in_temporary = any(path.is_relative_to(place) for path in (run, run.resolve()) for place in TEMPORARY)
-    variables = [f"{name}={host.environment[name]}" for name in KEPT_VARIABLES if host.environment.get(name)]
-    variables += [f"{THREADS}={threads}"] if threads else []
-    variables += ["CUDA_VISIBLE_DEVICES="] if on_cpu else []
+    variables = {**host.kept, **({THREADS: threads} if threads else {}), **({GPUS: ""} if on_cpu else {})}
     return UNIT.format(
         description=_plain(str(run)),
         user="\n".join(_user_lines(account, run)),
         umask=host.umask,
-        environment="".join(f"Environment={_escaped(variable)}\n" for variable in variables),
+        environment="".join(f"Environment={_escaped(f'{name}={value}')}\n" for name, value in variables.items()),
         python=_program(host.python),
         run=_escaped(str(run)).replace("$", "$$"),
         devices="" if devices == "1" else f" --devices {devices}",

@@ -14,7 +14,7 @@ from onward.config.text import read_config
 from onward.errors import UsageError
 from onward.layout import LEDGER, MANIFEST, RunLayout
 from onward.service.outside.elastic import Devices, read_devices
-from onward.service.outside.unit import KEPT_VARIABLES, THREADS, Host
+from onward.service.outside.unit import THREADS, Host
 from onward.text import how_many, printable, quoted
 
 PERSON = (2, 4, 5)
@@ -54,8 +54,7 @@ class Job:
     @property
     def environment(self) -> dict[str, str]:
         """Variables that the processes need: where models are kept, and how many threads to use."""
-        kept = {name: self.host.environment[name] for name in KEPT_VARIABLES if self.host.environment.get(name)}
-        return {**kept, THREADS: str(self.threads)}
+        return {**self.host.kept, THREADS: str(self.threads)}
 
     def words(self, python: str, *, once: bool) -> list[str]:
         """Return the words of the command that owns the run on one node.
@@ -112,15 +111,20 @@ def describe(layout: RunLayout, devices: Devices, nodes: int, *, on_cpu: bool | 
         if printable(path) != path:
             hint = "Move it to a path of printable characters."
             raise UsageError("a job cannot use a path with control characters", where=path, hint=hint)
-    cpu = _environment(layout).get("device") == "cpu" if on_cpu is None else on_cpu
-    threads = threads_of(layout, host) or THREADS_BESIDE_GPU
+    made = _environment(layout)
+    cpu = made.get("device") == "cpu" if on_cpu is None else on_cpu
+    threads = _threads(made, host) or THREADS_BESIDE_GPU
     return Job(run, host, devices, nodes, cpu, threads, _base_elsewhere(layout))
 
 
 def threads_of(layout: RunLayout, host: Host) -> int | None:
     """Return the threads of the last commit, or else those that the environment asks for; None if neither says."""
+    return _threads(_environment(layout), host)
+
+
+def _threads(made: Mapping[str, Any], host: Host) -> int | None:
     asked = host.environment.get(THREADS, "")
-    return _environment(layout).get("threads") or (int(asked) if asked.isdecimal() and int(asked) else None)
+    return made.get("threads") or (int(asked) if asked.isdecimal() and int(asked) else None)
 
 
 def require_whole(job: Job) -> None:
