@@ -112,7 +112,7 @@ def tell(feed: Feed, ledger: Ledger) -> str | None:
 
 
 def close(feed: Feed, ledger: Ledger) -> str | None:
-    """Close a tracker, which may send the last points only then; return why that failed, or None; it is recorded too."""
+    """Close a tracker, which may send its last points only now; return why that failed, or None. That is recorded."""
     try:
         feed.close()
     except Exception as error:
