@@ -302,7 +302,8 @@ def test_a_conversation(stream: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_it_goes_on_to_newer_commits(stream: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With `--refresh` each message is answered by the newest commit; without it by the one that was loaded."""
+    """With `--refresh` each message is answered by the newest commit, unless `/at` named a state; without it by the one
+    that was loaded."""
     layout = RunLayout(copy_run(stream, tmp_path / "run"))
     rows = tiny.write_jsonl(tmp_path / "d.jsonl", tiny.chat_rows(3, seed=3))
 
@@ -312,10 +313,20 @@ def test_it_goes_on_to_newer_commits(stream: Path, tmp_path: Path, capsys: pytes
         yield "Two?"
 
     asking = Asking([None], GREEDY, refresh=True)
-    with Chat(layout, asking, give_way) as chat, Chat(layout, Asking([None], GREEDY), give_way) as staying:
+    with (
+        Chat(layout, asking, give_way) as chat,
+        Chat(layout, asking, give_way) as moved,
+        Chat(layout, Asking([None], GREEDY), give_way) as staying,
+    ):
+        moved.talk(iter(["/at b.jsonl"]))
+        (before,) = moved.once("Two?")
         chat.talk(lines())
+        moved.talk(iter(["Two?"]))
         assert [6] == [answer["step"] for answer in chat.once("Three?")]
         assert [5] == [answer["step"] for answer in staying.once("Three?")]
+        assert [before["step"]] == [answer["step"] for answer in moved.once("Three?")]
+        moved.talk(iter(["/at"]))
+        assert [6] == [answer["step"] for answer in moved.once("Three?")]
     assert "step 6, after file 4 (d.jsonl) answers" in capsys.readouterr().err
 
 
