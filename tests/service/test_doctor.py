@@ -241,6 +241,8 @@ def test_another_user_may_look(has_log: bool, layout: RunLayout) -> None:
         assert before == sorted(path.name for path in layout.root.iterdir())
         with FileLock(layout.lock):
             assert ["idle", 2, True] == as_nobody(look)
+        refused = as_nobody(lambda: Run(layout.root).pause())
+        assert ("attempt to write" if has_log else "this user may not write the ledger") in refused
     layout.ledger.chmod(0o600)
     assert "this user may not read the ledger" in as_nobody(look)
 

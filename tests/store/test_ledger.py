@@ -224,8 +224,11 @@ def test_the_log_is_cut_back_after_a_long_reader(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("code", "is_damage"),
-    [(sqlite3.SQLITE_IOERR_FSYNC, False), (sqlite3.SQLITE_FULL, False), (sqlite3.SQLITE_CORRUPT_VTAB, True)],
-)
+    [
+        (sqlite3.SQLITE_IOERR_FSYNC, False), (sqlite3.SQLITE_FULL, False), (sqlite3.SQLITE_READONLY_DBMOVED, False),
+        (sqlite3.SQLITE_PROTOCOL, False), (sqlite3.SQLITE_CORRUPT_VTAB, True), (sqlite3.SQLITE_ERROR, True),
+    ],
+)  # fmt: skip
 def test_a_machine_that_fails_is_no_damage(tmp_path: Path, code: int, is_damage: bool) -> None:
     """A full or failing disk is raised as it is; what SQLite finds wrong in the file, or no file, is damage."""
     path = tmp_path / "ledger.sqlite3"
