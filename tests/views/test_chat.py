@@ -279,7 +279,7 @@ def test_a_conversation(stream: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     saved = tmp_path / "saved.jsonl"
     lines = [
         "One?", "Two?", f"/save {saved}", "/save", "/system Be brief.", "Three?", f"/save {saved}", "/at b.jsonl",
-        "/at nowhere", "/nonsense", "/save x.txt", "/help", "/quit", "never asked",
+        "/at nowhere", "/nonsense", "/save x.txt", "/save ~nobody-there/x.jsonl", "/help", "/quit", "never asked",
     ]  # fmt: skip
     with Chat(layout, Asking([None], Sampling(2.0, max_tokens=12), seed=1), give_way) as chat:
         chat.talk(iter(lines))
@@ -294,6 +294,7 @@ def test_a_conversation(stream: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     for words in (
         "step 5, after file 3 (c.jsonl) answers", "step 3, after file 2 (b.jsonl) answers",
         "'nowhere' is neither a finished file", "there is no command /nonsense", "rows are saved in a .jsonl file",
+        "the row cannot be saved: No such file or directory",
     ):  # fmt: skip
         assert words in seen.err
     assert 3 <= len(seen.out.splitlines())

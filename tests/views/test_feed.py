@@ -133,7 +133,7 @@ def test_a_tracker_that_is_ahead_of_a_ledger_that_was_set_back_is_not_told_again
     layout, store = made_up_run(tmp_path / "run", [("a.jsonl", 4)], float), Store()
     with Ledger(layout.ledger) as ledger:
         feed_of(ledger, store).tell()
-        store.points[-1] = replace(store.points[-1], values={**store.points[-1].values, "rollbacks": 1.0})
+        store.points[-1] = replace(store.points[-1], values={**store.points[-1].values, "step": 2.0, "rollbacks": 1.0})
         ledger.write("UPDATE trackers SET step = 3")
         feed_of(ledger, store).tell()
     assert [1, 2, 3, 4, 4] == [point.step for point in store.points]

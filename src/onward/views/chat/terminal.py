@@ -10,11 +10,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from onward.errors import OnwardError, UsageError
-from onward.layout import RunLayout
+from onward.layout import RunLayout, typed_path
 from onward.service.holder import is_held
 from onward.startup import Ended
 from onward.terminal import say, show_text
@@ -180,7 +179,7 @@ class Chat:
         self._introduce()
 
     def _save(self, name: str) -> None:
-        saved = save_row(self._columns[0].row(), self._layout, Path(name).expanduser() if name else None)
+        saved = save_row(self._columns[0].row(), self._layout, typed_path(name) if name else None)
         which = f" of {printable(self._columns[0].engine.loaded.label)}" if len(self._columns) > 1 else ""
         say(f"saved the conversation{which} in {quoted(saved)}")
 
