@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -26,13 +28,14 @@ from onward.data.rows.template import ChatTemplate
 from onward.errors import UsageError
 from onward.layout import RunLayout
 from onward.service.lock import RunLock
+from onward.terminal import open_standard_streams
 from onward.training.model.base import TOKENIZER
 from onward.training.model.load import causal_lm
 from onward.views.chat.engine import Engine
 from onward.views.chat.pieces import Pieces
 from onward.views.chat.prompts import Prompts
 from onward.views.chat.sampling import Sampling
-from onward.views.chat.terminal import Asking, Chat
+from onward.views.chat.terminal import Asking, Chat, typed_lines
 from onward.views.loaded import load
 from onward.views.points import hold
 
@@ -346,6 +349,19 @@ def test_beside_a_process_that_trains(stream: Path, tmp_path: Path) -> None:
         assert 0 == apart(_answer_beside, root)
     assert before == Run(root).status()["global_step"]
     assert Run(root).verify().ok
+
+
+def test_bytes_that_are_no_text_are_refused_and_the_chat_goes_on(
+    stream: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a terminal in another encoding, or a pipe, sends them, whatever the locale says of such bytes."""
+    typed = io.TextIOWrapper(io.BytesIO(b"caf\xe9?\nTwo?\n"), encoding="utf-8", errors="strict")
+    monkeypatch.setattr(sys, "stdin", typed)
+    open_standard_streams()
+    with Chat(RunLayout(stream), Asking([None], GREEDY), give_way) as chat:
+        chat.talk(typed_lines())
+        assert ["Two?"] == [turn["content"] for turn in chat._columns[0].turns[::2]]
+    assert "some of its bytes were not UTF-8" in capsys.readouterr().err
 
 
 def test_a_run_without_a_chat_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
