@@ -23,6 +23,7 @@ from onward.store.ledger import Ledger
 from onward.store.metrics import Metrics
 from onward.store.rows import StepRecord
 from onward.store.waiting import Waiting
+from onward.views.trackers import telling
 from onward.views.trackers.registry import BUILT_IN, find_tracker
 from onward.views.trackers.telling import follow, make_feed, tell, tell_once
 from onward.views.trackers.to_trackio import TrackioTracker
@@ -65,7 +66,8 @@ def test_a_failure_is_told_once_and_so_is_its_end(tmp_path: Path) -> None:
     reason = "ConnectionError: cannot connect to https://example/api"
     assert [{"ours": reason, "other": None}] * 3 == reasons
     store.fails = None
-    assert {"ours": None, "other": None} == tell_once(layout, ["ours", "other"], find)
+    for _ in range(2):
+        assert {"ours": None, "other": None} == tell_once(layout, ["ours", "other"], find)
     with Ledger(layout.ledger, read_only=True) as ledger:
         events = [(event.level, event.message) for event in ledger.events() if event.kind == "tracker"]
     assert [
@@ -153,8 +155,10 @@ def test_trackio_elsewhere_gets_the_names_that_it_gets_here(monkeypatch: pytest.
     client.init.return_value.finish.assert_called_once_with()
 
 
-def test_a_tracker_that_fails_is_tried_again_until_it_works(tmp_path: Path) -> None:
-    """By the process that follows, without anybody asking for it."""
+def test_a_tracker_that_fails_is_tried_again_until_it_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the process that follows, without anybody asking for it; it waits longer after each failure in a row."""
+    waits: list[tuple[int, float]] = []
+    monkeypatch.setattr(telling, "pause_after", lambda *given: waits.append(given) or given[1])
     layout, store, ended = tracked(tmp_path, "ours"), Store(), threading.Event()
     store.fails = "no route to host"
     following = threading.Thread(
@@ -169,6 +173,8 @@ def test_a_tracker_that_fails_is_tried_again_until_it_works(tmp_path: Path) -> N
     ended.set()
     following.join(60)
     assert [1, 2, 3] == [point.step for point in store.points]
+    assert [(failures, 0.002) for failures in range(1, len(waits) + 1)] == waits
+    assert 2 <= len(waits)
 
 
 def test_a_ledger_that_takes_nothing_for_a_while_ends_no_telling(tmp_path: Path) -> None:
