@@ -17,6 +17,7 @@ from onward.service.intake.inbox import require_priority
 from onward.service.outside.reporting import NewNotes
 from onward.service.owner.process import account, operate, require_kept
 from onward.service.wishes import Wish, Wishes
+from onward.text import storable
 
 if TYPE_CHECKING:
     from onward.service.proof.verify import Proof
@@ -199,6 +200,7 @@ class Run(Owning):
         Raises:
             UsageError: no such file waits, or no file is being trained.
         """
+        reason = None if reason is None else storable(reason)
         with self._ledger_to_change() as ledger:
             row = client.find_removable(self.layout, ledger, file)
             answer = client.ask_owner(self.layout, ledger, patience, Wish("skip", reason, row.id))

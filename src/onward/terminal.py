@@ -22,7 +22,7 @@ UNDERLINED, PLAIN = "\x1b[4;32m", "\x1b[0m"
 
 
 def open_standard_streams() -> None:
-    """Point standard streams that were closed at the null device.
+    """Point standard streams that were closed at the null device, and let no character that they cannot code fail.
 
     Otherwise the next file opened, such as the ledger, would get the number of the closed stream, and whatever prints
     to that stream would write into the file.
@@ -38,6 +38,8 @@ def open_standard_streams() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115  # open as long as the process
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # printing a name that the terminal cannot show must not fail
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # whatever takes such a text refuses it in words
 
 
 def say(message: str) -> None:
