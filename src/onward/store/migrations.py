@@ -264,18 +264,28 @@ def migrate(connection: sqlite3.Connection) -> None:
     Raises:
         OnwardError: the ledger was written by a newer release.
     """
-    version = int(connection.execute("PRAGMA user_version").fetchone()[0])
-    if version > len(MIGRATIONS):
-        raise OnwardError(
-            f"the ledger has schema {version}, this release knows {len(MIGRATIONS)}",
-            hint="pip install --upgrade onward",
-        )
+    version = _known_version(connection)
     if version == len(MIGRATIONS):
         return
     connection.execute("PRAGMA foreign_keys = OFF")  # a table is rebuilt under its name, as SQLite advises
     for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
         connection.executescript(f"BEGIN IMMEDIATE;\n{script}\nPRAGMA user_version = {number};\nCOMMIT;")
     connection.execute("PRAGMA foreign_keys = ON")
+
+
+def is_newer(version: int) -> bool:
+    """Whether a schema is one that only a newer release knows."""
+    return version > len(MIGRATIONS)
+
+
+def _known_version(connection: sqlite3.Connection) -> int:
+    version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+    if is_newer(version):
+        raise OnwardError(
+            f"the ledger has schema {version}, this release knows {len(MIGRATIONS)}",
+            hint="pip install --upgrade onward",
+        )
+    return version
 
 
 def fill_in(connection: sqlite3.Connection) -> bool:
@@ -285,9 +295,11 @@ def fill_in(connection: sqlite3.Connection) -> bool:
 
     Returns:
         Whether there are such views: they would hide what a migration adds later.
+
+    Raises:
+        OnwardError: the ledger was written by a newer release.
     """
-    version = int(connection.execute("PRAGMA user_version").fetchone()[0])
-    if version >= len(MIGRATIONS):
+    if _known_version(connection) == len(MIGRATIONS):
         return False
     with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as today:
         migrate(today)
