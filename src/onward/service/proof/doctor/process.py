@@ -10,6 +10,7 @@ from onward.config.text import read_config
 from onward.layout import RunLayout
 from onward.service.holder import is_held, read_heartbeat, read_holder
 from onward.service.intake.inbox import STUCK, describe_stuck
+from onward.service.proof.access import REMOUNT, is_read_only
 from onward.service.proof.doctor.finding import Finding
 from onward.store.ledger import Ledger
 from onward.store.lookup import typed
@@ -51,7 +52,8 @@ def check_inbox(layout: RunLayout) -> Iterator[Finding]:
     elif layout.root.stat().st_uid != os.geteuid():
         yield Finding("ok", "inbox", "belongs to another user; whether its owner can take files out was not tested")
     else:
-        yield Finding("error", "inbox", "files cannot be taken out of it", f"chmod u+rwx {quoted(layout.inbox)}")
+        hint = REMOUNT if is_read_only(layout.inbox) else f"chmod u+rwx {quoted(layout.inbox)}"
+        yield Finding("error", "inbox", "files cannot be taken out of it", hint)
 
 
 def check_queue(layout: RunLayout) -> Iterator[Finding]:
