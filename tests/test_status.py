@@ -95,7 +95,7 @@ def test_while_a_process_works_the_figures_are_those_of_the_newest_steps(layout:
         "file_step": TAKEN, "file_steps": PLANNED, "lost_tokens": 7, "queue": 1, "learning_rate": 33 * 1e-4,
         "loss": 1 / 33, "tokens_per_second": sum(10 * step for step in last) / took,
         "eta_seconds": (PLANNED - TAKEN) * took / PACE, "checkpoint": "checkpoint-15", "heartbeat_seconds": None,
-        "problem": None,
+        "hangs": False, "problem": None,
     } == {key: value for key, value in found.items() if key != "disk_free_bytes"}  # fmt: skip
 
 

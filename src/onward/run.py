@@ -13,7 +13,7 @@ from onward.layout import RunLayout
 from onward.library.making import create, open_ledger, place_for_run
 from onward.library.owning import Loading, Owning, PathLike, Report, silent
 from onward.service import client
-from onward.service.intake.inbox import require_priority
+from onward.service.intake.inbox import STUCK, require_priority
 from onward.service.outside.reporting import NewNotes
 from onward.service.owner.process import account, operate, require_kept
 from onward.service.wishes import Wish, Wishes
@@ -169,7 +169,7 @@ class Run(Owning):
             observe, stop, report: as for `train`.
 
         Returns:
-            How many files were refused or quarantined while it ran.
+            How many files were refused or quarantined while it ran, or are left in the inbox.
 
         Raises:
             RunLocked: another process owns the run.
@@ -184,7 +184,7 @@ class Run(Owning):
                 operate(opened, wishes, observe, reporter, watch=True) as daemon,
             ):
                 daemon.run(once=once)
-            return opened.ledger.count_events(seen, ("rejected", "quarantined"))
+            return opened.ledger.count_events(seen, ("rejected", "quarantined")) + len(opened.ledger.get(STUCK, {}))
 
     def check_arrived(self, *, stop: Wishes | None = None) -> None:
         """Check the rows of files that arrived while another process trains; end when that process does."""

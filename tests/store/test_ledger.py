@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from onward.errors import DamagedState, OnwardError
+from onward.errors import DamagedState, DeviceLost, OnwardError
 from onward.store.database import LOG_BYTES, refusal
 from onward.store.ledger import Ledger, look_into, make_ledger
 from onward.store.metrics import Metrics
@@ -152,10 +152,17 @@ def test_going_back_forgets_steps_and_marks_checkpoints(ledger: Ledger) -> None:
 
 
 def test_a_ledger_of_the_future_is_refused(ledger: Ledger) -> None:
-    """A schema that this release does not know is refused with the remedy."""
+    """A schema that this release does not know is refused with the remedy, also by who only looks at it.
+
+    A process that has it open while a newer release changes it ends, so that a new process continues.
+    """
+    ledger.require_in_place()
     ledger.write(f"PRAGMA user_version = {len(MIGRATIONS) + 1}")
-    with pytest.raises(OnwardError, match="pip install --upgrade onward"):
-        Ledger(ledger.path)
+    for read_only in (False, True):
+        with pytest.raises(OnwardError, match="pip install --upgrade onward"):
+            Ledger(ledger.path, read_only=read_only)
+    with pytest.raises(DeviceLost, match="Start another process"):
+        ledger.require_in_place()
 
 
 def test_a_ledger_that_is_no_database_is_refused(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from onward.errors import DamagedState, OnwardError, UsageError
+from onward.errors import DamagedState, OnwardError, Outdated, UsageError
 from onward.layout import RunLayout
-from onward.store.migrations import fill_in, migrate
+from onward.store.migrations import fill_in, is_newer, migrate
 from onward.store.waiting import TRY, Waiting, code_of, is_held_by_others
 from onward.text import quoted
 
@@ -206,15 +206,19 @@ class Database:
             self._connection.backup(target)
 
     def require_in_place(self) -> None:
-        """Raise if the file was removed, replaced or emptied under this process.
+        """Raise if the file was removed, replaced or emptied under this process, or changed by a newer release.
 
         Raises:
             DamagedState: it was; whatever is written now would be lost.
+            Outdated: a newer release brought its schema up to date, as an upgrade under a running process does.
         """
         if _identity(self.path) != self._identity:
             raise RunLayout(self.path.parent).lost_ledger()
         if not self.path.stat().st_size:
             raise RunLayout(self.path.parent).empty_ledger()
+        if is_newer(self.scalar("PRAGMA user_version")):
+            what = "a newer release has changed the ledger while this process ran"
+            raise Outdated(what, where=self.path, hint="Start another process; it goes on from the last commit.")
 
     def version(self) -> int:
         """Return a number that changes when another connection has written to the file since the last call."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import shlex
 import subprocess
 import time
@@ -16,6 +17,7 @@ import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterable
 from logging.handlers import RotatingFileHandler
+from pathlib import Path
 from typing import Any
 
 from onward.config import NotifyConfig
@@ -46,6 +48,17 @@ def _kind_told(event: EventRow) -> str | None:
 
 
 class _Log(RotatingFileHandler):
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.stream is not None and not self._is_in_place():  # somebody removed or rotated it: begin another one
+            self.close()
+        super().emit(record)
+
+    def _is_in_place(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self.stream.fileno()), Path(self.baseFilename).stat())
+        except OSError:
+            return False
+
     def handleError(self, record: logging.LogRecord) -> None:  # a full disk must not fill the terminal too
         del record
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from onward.config.text import read_config
 from onward.layout import RunLayout
 from onward.service.holder import beat_of, is_held, read_heartbeat, read_holder
+from onward.service.intake.inbox import STUCK, describe_stuck
+from onward.service.proof.access import REMOUNT, is_read_only
 from onward.service.proof.doctor.finding import Finding
 from onward.store.ledger import Ledger
 from onward.store.lookup import typed
@@ -40,11 +42,18 @@ def check_inbox(layout: RunLayout) -> Iterator[Finding]:
     if not layout.inbox.is_dir():
         yield Finding("warning", "inbox", "there is none", f"mkdir {quoted(layout.inbox)}, or mount it again")
     elif os.access(layout.inbox, os.W_OK):
+        with Ledger(layout.ledger, read_only=True) as ledger:
+            stuck = describe_stuck(ledger.get(STUCK, {}))
+        if stuck is not None:
+            hint = "Look at its owner and attributes, and whether its folder is sticky or it is a mount."
+            yield Finding("warning", "inbox", stuck, hint)
+            return
         yield Finding("ok", "inbox", "files can be taken out of it")
     elif layout.root.stat().st_uid != os.geteuid():
         yield Finding("ok", "inbox", "belongs to another user; whether its owner can take files out was not tested")
     else:
-        yield Finding("error", "inbox", "files cannot be taken out of it", f"chmod u+rwx {quoted(layout.inbox)}")
+        hint = REMOUNT if is_read_only(layout.inbox) else f"chmod u+rwx {quoted(layout.inbox)}"
+        yield Finding("error", "inbox", "files cannot be taken out of it", hint)
 
 
 def check_queue(layout: RunLayout) -> Iterator[Finding]:
