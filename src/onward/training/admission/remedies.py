@@ -38,13 +38,18 @@ def working_config(config: Config, base: Path, chosen: bool) -> tuple[Config, di
     if problem is None:
         return config, {}
     without = config.model_copy(update={"lora": config.lora.model_copy(update={"dropout": 0.0})})
-    if config.lora.dropout and _problem(without, base) is None:
+    left = _problem(without, base) if config.lora.dropout else problem
+    if left is None:
         if not chosen:
             return without, {"lora.dropout": 0.0}
         raise ConfigError(
             f"the model stores experts as single tensors, whose adapters cannot have dropout ({problem})",
             where="lora.dropout", hint="--set lora.dropout=0",
         )  # fmt: skip
+    plain = config.model_copy(update={"lora": without.lora.model_copy(update={"init": "default"})})
+    if config.lora.init != "default" and _problem(plain, base) is None:
+        what = f"lora.init {config.lora.init} does not work with layers of this model: {left}"
+        raise ConfigError(what, where="lora.init", hint="Leave it out, or try gaussian.")
     targets = _working_targets(config, base)
     if targets is None:
         return config, {}  # building the model will show its modules
