@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -237,6 +238,18 @@ def test_looking_ahead_is_seen_in_any_compute_type(tmp_path: Path) -> None:
     save(tmp_path, "bert")
     with pytest.raises(ModelError, match="looks ahead"):
         admit(ModelSpec(config(tmp_path), tmp_path, CPU, torch.bfloat16))
+
+
+def test_an_embedding_that_is_trained_whole_on_a_bfloat16_base(tmp_path: Path) -> None:
+    """The proof computes in the types of a step. Where PyTorch has no such layer norm on a CPU, the refusal says so."""
+    for family, saved in (("llama", "embed_tokens"), ("gpt2", "wte")):
+        folder = save(tmp_path / family, family)
+        given = config(folder, dtype="bfloat16", lora={"modules_to_save": [saved]})
+        refusal = contextlib.nullcontext() if family == "llama" else pytest.raises(ModelError)
+        with refusal as refused:
+            admit(ModelSpec(given, folder, CPU, torch.bfloat16))
+        assert refused is None or refused.value.hint == "In float32 it works: --set dtype=float32"
+    admit(ModelSpec(given, folder, CPU, torch.float32))
 
 
 def test_the_vision_of_a_model_of_text_and_images_is_left_out(tmp_path: Path) -> None:
