@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from onward.config import NotifyConfig
 from onward.events import Note
@@ -47,17 +47,20 @@ def _kind_told(event: EventRow) -> str | None:
     return "failed" if event.kind == "quarantined" else event.kind
 
 
+def _is_at(file: IO[str], path: Path) -> bool:
+    """Whether an open file is the one at a path."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
+
+
 class _Log(RotatingFileHandler):
     def emit(self, record: logging.LogRecord) -> None:
-        if self.stream is not None and not self._is_in_place():  # somebody removed or rotated it: begin another one
+        stream: IO[str] | None = self.stream
+        if stream is not None and not _is_at(stream, Path(self.baseFilename)):  # others removed or rotated it
             self.close()
         super().emit(record)
-
-    def _is_in_place(self) -> bool:
-        try:
-            return os.path.samestat(os.fstat(self.stream.fileno()), Path(self.baseFilename).stat())
-        except OSError:
-            return False
 
     def handleError(self, record: logging.LogRecord) -> None:  # a full disk must not fill the terminal too
         del record
