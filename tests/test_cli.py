@@ -32,7 +32,7 @@ STATUS_KEYS = [
     "run", "state", "doing", "global_step", "file", "file_step", "file_steps", "lost_tokens", "queue",
     "learning_rate", "loss",
     "tokens_per_second", "eta_seconds", "checkpoint", "disk_free_bytes", "heartbeat_seconds",
-    "problem",
+    "hangs", "problem",
 ]  # fmt: skip
 COMMANDS = ["init", "train", "add", "status", "history", "verify", "rollback", "adopt", "reset", "doctor"]
 LARGE = ("torch", "transformers", "peft")

@@ -62,7 +62,7 @@ def test_a_status_is_a_screen_of_lines(capsys: pytest.CaptureFixture[str]) -> No
     values = {
         "run": "/r\x07", "state": "training", "doing": "training", "global_step": 12, "file": None, "loss": 1.23456789,
         "tokens_per_second": 148.6, "eta_seconds": 3700, "disk_free_bytes": 80_212_254_720, "heartbeat_seconds": 2.4,
-        "problem": None,
+        "hangs": False, "problem": None,
     }  # fmt: skip
     event = EventRow(1, "warning", "a\n   b\x1b", 12, midnight, None)
     assert [

@@ -40,20 +40,37 @@ def with_mounts(mounts: dict[Path, Path], look: Callable[[], Any]) -> Any:
     Args:
         mounts: by the path of the mount, the place that is seen there.
     """
-    private, bind, new_mounts = 1 << 18 | 1 << 14, 1 << 12, 1 << 17  # as in <linux/mount.h> and <linux/sched.h>
+    bind = 1 << 12  # as in <linux/mount.h>
+    return _mounted([(os.fsencode(place), os.fsencode(at), None, bind, None) for at, place in mounts.items()], look)
+
+
+def _mounted(mounts: list[tuple[object, ...]], look: Callable[[], Any]) -> Any:
+    private, new_mounts = 1 << 18 | 1 << 14, 1 << 17  # as in <linux/mount.h> and <linux/sched.h>
     refused = "mounts are not allowed here"
 
     def mount() -> None:
         libc = ctypes.CDLL(None, use_errno=True)
         done = not libc.unshare(new_mounts) and not libc.mount(b"none", b"/", None, private, None)
-        pairs = [(os.fsencode(place), os.fsencode(at)) for at, place in mounts.items()]
-        if not done or any(libc.mount(place, at, None, bind, None) for place, at in pairs):
+        if not done or any(libc.mount(*arguments) for arguments in mounts):
             raise PermissionError(refused)
 
     answer = _in_child(mount, look)
     if refused in str(answer):
         pytest.skip(refused)
     return answer
+
+
+def on_overlay(below: Path, at: Path, look: Callable[[], Any]) -> Any:
+    """Return what a process of its own gets for which a folder is the layer below one in which it can write.
+
+    Args:
+        below: the folder; what is written goes to another one next to it.
+    """
+    layers = {"lowerdir": below, "upperdir": below.with_name("upper"), "workdir": below.with_name("work")}
+    for folder in (*layers.values(), at):
+        folder.mkdir(exist_ok=True)
+    options = ",".join(f"{name}={folder}" for name, folder in layers.items())
+    return _mounted([(b"overlay", os.fsencode(at), b"overlay", 0, os.fsencode(options))], look)
 
 
 def _in_child(prepare: Callable[[], None], look: Callable[[], Any]) -> Any:

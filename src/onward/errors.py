@@ -16,14 +16,12 @@ END_OTHERS = "End other processes that use the memory (nvidia-smi, top)"
 """What helps wherever memory ran out."""
 NO_THREAD = "can't start new thread"
 """What Python says if a thread finds no room for its stack."""
-_READ_HINT = "Fix the disk or its mount, then: onward train. Nothing was removed."
+_AGAIN = "then the same command again. Nothing was removed."
+_READ_HINT = f"Fix the disk or its mount, {_AGAIN}"
 _READ_HINTS: dict[int | None, str] = {
-    **dict.fromkeys((errno.EACCES, errno.EPERM), "Let this user read it, then: onward train. Nothing was removed."),
-    **dict.fromkeys(
-        (errno.EMFILE, errno.ENFILE),
-        "Raise the limit of open files (ulimit -n), then: onward train. Nothing was removed.",
-    ),
-    errno.ENOMEM: "Free some memory, then: onward train. Nothing was removed.",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), f"Let this user read it, {_AGAIN}"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), f"Raise the limit of open files (ulimit -n), {_AGAIN}"),
+    errno.ENOMEM: f"Free some memory, {_AGAIN}",
 }
 
 

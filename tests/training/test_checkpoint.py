@@ -15,6 +15,7 @@ from typing import Any
 import checkpoints
 import pytest
 import torch
+from users import on_overlay
 
 from onward.config import Config
 from onward.digest import canonical_json, sha256_json
@@ -172,6 +173,20 @@ def test_what_this_run_did_not_make_is_never_removed(kind: str, checkpoint: Path
     manifest = write_checkpoint(checkpoint, contents, recorded=True)
     assert manifest == inspect_checkpoint(checkpoint).verified
     assert [checkpoint] == list(checkpoint.parent.iterdir())
+
+
+def test_a_checkpoint_of_a_lower_layer_is_removed(checkpoint: Path, tmp_path: Path) -> None:
+    """A run that came with a container's image is on an overlay, where no directory of the image can be renamed."""
+    image, seen = tmp_path / "image", tmp_path / "seen"
+    image.mkdir()
+    checkpoint.rename(image / checkpoint.name)
+
+    def remove() -> list[str]:
+        before = [path.name for path in seen.iterdir()]
+        remove_checkpoint(seen / checkpoint.name, run=checkpoints.RUN)
+        return [*before, *(path.name for path in seen.iterdir())]
+
+    assert [checkpoint.name] == on_overlay(image, seen, remove)
 
 
 def test_a_runs_own_checkpoint_is_removed_whole(checkpoint: Path) -> None:

@@ -83,6 +83,8 @@ def _status_texts(values: dict[str, Any]) -> list[tuple[str, str]]:
     }
     texts: list[tuple[str, str]] = []
     for key, value in values.items():
+        if key == "hangs":  # for programs: the problem says it in words
+            continue
         if value is not None and (key, value) != ("doing", values.get("state")):
             title, form = shown.get(key, (key.replace("_", " "), _plain))
             texts.append((title, form(value)))

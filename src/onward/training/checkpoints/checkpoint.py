@@ -6,6 +6,7 @@ A directory is a checkpoint only if its manifest, with the hash of every file, i
 
 from __future__ import annotations
 
+import errno
 import shutil
 import stat
 from collections.abc import Collection, Mapping, Sequence
@@ -316,5 +317,18 @@ def remove_checkpoint(folder: Path, *, run: str, recorded: bool = False) -> None
         )
     doomed = folder.with_name(f"{TEMPORARY_PREFIX}removed-{folder.name}")
     remove_tree(doomed)
-    folder.rename(doomed)  # so that a kill leaves a temporary, not a directory without a manifest
+    try:
+        folder.rename(doomed)  # so that a kill leaves a temporary, not a directory without a manifest
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        _empty(folder)  # it comes from a layer below, as of a container's image: no such directory can be renamed
+        doomed = folder
     remove_tree(doomed)
+
+
+def _empty(folder: Path) -> None:
+    """Remove all but the manifest, which says whose directory it is."""
+    for entry in folder.iterdir():
+        if entry.name != MANIFEST:
+            remove_tree(entry)

@@ -45,9 +45,13 @@ class _Quiet:
 
 
 def _tells_of_trouble(record: logging.LogRecord) -> bool:
-    """Whether a log record of uvicorn reports trouble; that the server's end cuts off answers does not."""
-    error = record.exc_info[1] if record.exc_info else None
-    return not isinstance(error, asyncio.CancelledError) and "graceful shutdown" not in str(record.msg)
+    """Whether a log record of uvicorn reports trouble; that the server's end cuts off answers does not.
+
+    A second Ctrl-C also cuts off the end of the application, of which the traceback comes as a text.
+    """
+    error, text = record.exc_info[1] if record.exc_info else None, str(record.msg).rstrip()
+    is_cut_off = isinstance(error, asyncio.CancelledError) or text.endswith(asyncio.CancelledError.__name__)
+    return not is_cut_off and "graceful shutdown" not in text
 
 
 class Server(uvicorn.Server):
