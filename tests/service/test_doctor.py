@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -179,6 +180,35 @@ def test_what_a_process_that_trains_replaces_meanwhile_is_no_finding(
     found = iter([[layout.checkpoint(900)], layout.checkpoints()])
     monkeypatch.setattr(RunLayout, "checkpoints", lambda _: next(found))
     assert f"a checkpoint takes {size / 1e6:.0f} MB" in next(machine.check_disk(layout)).message
+
+
+def test_little_room_is_warned_of_before_training_pauses(layout: RunLayout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the next checkpoint with its margin there must be room, for all that is kept and two gigabytes should be."""
+    needed = sum(path.stat().st_size for path in layout.checkpoints()[0].iterdir())
+    configure(Run(layout.root), disk_margin_mb=3, keep_boundaries=4)
+    least, kept, little = needed + (3 << 20), 5 * needed, machine.LITTLE_DISK
+
+    def level(free: int) -> str:
+        monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+        found = next(machine.check_disk(layout))
+        sizes = f"a checkpoint takes {needed / 1e6:.0f} MB, restore points up to {kept / 1e6:.0f} MB"
+        assert f"{free / 1e9:.1f} GB free; {sizes}" == found.message
+        return found.level
+
+    assert ["error", "warning", "warning", "ok"] == [level(free) for free in (least - 1, least, little, little + 1)]
+    monkeypatch.setattr(machine, "LITTLE_DISK", 0)
+    configure(Run(layout.root), disk_margin_mb=0)
+    assert ["error", "warning", "warning", "ok"] == [level(free) for free in (needed - 1, needed, kept, kept + 1)]
+
+
+@pytest.mark.parametrize(("has_room", "level"), [(True, "ok"), (False, "warning")])
+def test_a_step_without_room_in_memory_is_warned_of(
+    has_room: bool, level: str, layout: RunLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what makes a step smaller; where there is room there is nothing to do."""
+    monkeypatch.setattr(machine, "memory_in_words", lambda _: ("1 GB", has_room))
+    (found,) = machine.check_memory(layout)
+    assert (level, "1 GB", has_room) == (found.level, found.message, found.hint is None)
 
 
 def test_files_out_of_the_stream_have_no_number(layout: RunLayout) -> None:
