@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -30,7 +31,7 @@ from onward.service.proof.doctor.finding import Finding
 from onward.status import read_history, read_status
 from onward.store.ledger import Ledger, make_ledger
 from onward.store.metrics import Metrics
-from onward.store.rows import StepRecord
+from onward.store.rows import StepRecord, TrackerRow
 from onward.training.checkpoints.checkpoint import Inspection, Manifest, inspect_checkpoint
 
 FILE: dict[str, Any] = {
@@ -104,6 +105,43 @@ def test_a_paused_run_has_not_failed(layout: RunLayout) -> None:
     with Ledger(layout.ledger) as ledger:
         ledger.put(paused=None, state="failed", problem="no memory")
     assert [("warning", "no memory")] == [(entry.level, entry.message) for entry in findings(layout, "last failure")]
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({"state": "failed", "problem": None}, []), ({"state": "idle", "problem": None}, []),
+        ({"state": "failed", "problem": "no memory"}, [("warning", "last failure", "no memory")]),
+        ({"state": "paused", "problem": "the disk is full"}, [("warning", "paused", "the disk is full")]),
+    ],
+)  # fmt: skip
+def test_who_owns_a_run_and_what_keeps_it_from_going_on(
+    facts: dict[str, Any], expected: list[tuple[str, str, str]], layout: RunLayout
+) -> None:
+    """The owner by its name, as far as it is known, and the problem of the ledger with its state."""
+    with Ledger(layout.ledger) as ledger:
+        ledger.put(**facts)
+
+    def seen() -> list[tuple[str, str, str]]:
+        return [(found.level, found.subject, found.message) for found in process.check_owner(layout)]
+
+    assert expected == seen()
+    with RunLock(layout.lock):
+        assert [*expected, ("ok", "lock", f"held by pid {os.getpid()} on {socket.gethostname()}")] == seen()
+        layout.lock.with_name(".lock.holder").unlink()
+        assert [*expected, ("ok", "lock", "held")] == seen()
+
+
+def test_how_far_trackers_are(layout: RunLayout) -> None:
+    """Those that the config names, told to or not, and which of them fail."""
+    assert [] == [*process.check_trackers(layout)]
+    configure(Run(layout.root), track=["wandb", "mlflow", "tensorboard"])
+    with Ledger(layout.ledger) as ledger:
+        for name, step, problem in (("wandb", 7, "no route"), ("tensorboard", -1, None), ("trackio", 3, "unknown")):
+            ledger.keep_tracker(TrackerRow(name, None, step, 0, 0, 0, 0, problem, 0.0))
+    failing, told = process.check_trackers(layout)
+    assert ("warning", "tracker wandb", "no route") == (failing.level, failing.subject, failing.message)
+    assert ("ok", "sent so far: wandb: step 7, mlflow: nothing yet, tensorboard: step 0") == (told.level, told.message)
 
 
 def lose_ledger(layout: RunLayout) -> None:
