@@ -185,6 +185,15 @@ def test_a_copy_under_another_name_is_named(layout: RunLayout) -> None:
     assert ("warning", expected) == (found.level, found.message)
 
 
+def test_a_checkpoint_that_the_ledger_does_not_have_yet_is_named(layout: RunLayout) -> None:
+    """As a kill between the rename and the ledger leaves it; the next start counts it."""
+    newest, before = layout.restore_points()[:2]
+    with Ledger(layout.ledger) as ledger:
+        ledger.write("UPDATE checkpoints SET state = 'writing' WHERE step = ?", step_of(newest))
+    seen = [(finding.level, finding.message) for finding in state.check_checkpoints(layout) if finding.level != "ok"]
+    assert [("warning", f"newer than the ledger, which is at step {step_of(before)}")] * 2 == seen
+
+
 def test_a_file_that_ends_its_checker_is_named(layout: RunLayout) -> None:
     """A file whose checking was begun and never ended is named, with the command that takes it out.
 
