@@ -73,6 +73,13 @@ def test_a_changed_identity_key_is_shown_with_both_values(layout: RunLayout) -> 
     assert ("error", "locked keys were changed: seed: the run has 0, the config says 7") == (found.level, found.message)
 
 
+def test_a_base_under_another_name_is_the_same(layout: RunLayout, model: Path, tmp_path: Path) -> None:
+    """Its content counts, not where it lies."""
+    configure(Run(layout.root), model=str(shutil.copytree(model, tmp_path / "moved")))
+    (found,) = findings(layout, "base model")
+    assert (["ok"], []) == ([found.level], findings(layout, "identity"))
+
+
 @pytest.mark.parametrize(
     ("processors", "threads", "words"),
     [
