@@ -154,10 +154,15 @@ def publish_directory(temporary: Path, final: Path) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Hard-link `source` as `target`, or copy it if the file system has no hard links."""
+    """Hard-link `source` as `target`, or copy it if the file system has no hard links.
+
+    Raises:
+        FileExistsError: the name is taken; a copy would be written into a file that may have other names.
+    """
     try:
         target.hardlink_to(source)
     except OSError:
+        _require_free(target)
         shutil.copyfile(source, target)
         fsync_file(target)
 
@@ -170,15 +175,17 @@ def move_to_free_name(source: Path, target: Path) -> None:
     """
     try:
         target.hardlink_to(source)
-    except FileExistsError:
-        raise
     except OSError:  # a file system without hard links
-        if os.path.lexists(target):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
+        _require_free(target)
         source.rename(target)
     else:
         source.unlink()
     fsync_directory(target.parent)
+
+
+def _require_free(target: Path) -> None:
+    if os.path.lexists(target):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
 
 
 def link_tree(source: Path, target: Path) -> None:

@@ -19,7 +19,7 @@ from runs import new_run
 from states import assert_same_state
 
 from onward import Run
-from onward.errors import NoSpace, OnwardError
+from onward.errors import NoSpace, OnwardError, UsageError
 from onward.events import StepTaken
 from onward.service.client import EXPIRED, request
 from onward.service.holder import SILENCE
@@ -93,6 +93,17 @@ def ask_everything(run: Run, waiting: str) -> None:
     assert "it was not paused" == run.resume()
     assert "paused at step 0" == run.pause()
     assert f"skipped {waiting}" == run.skip(waiting)
+
+
+def test_an_empty_name_is_not_the_current_file(run: Run, tmp_path: Path) -> None:
+    """As a script gives it whose variable is not set: the file in training stays."""
+    run.add(rows_file(tmp_path / "a.jsonl", 4))
+    with Ledger(run.layout.ledger) as ledger:
+        (row,) = ledger.files("queued")
+        ledger.move_file(row.id, "training", position=1)
+        with pytest.raises(UsageError, match="this run has no file ''"):
+            run.skip("")
+        assert "training" == ledger.file(row.id).state
 
 
 def test_a_reason_whose_bytes_are_no_text_is_kept_with_escapes(run: Run, tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,7 +31,7 @@ from onward.service.proof.doctor.finding import Finding
 from onward.status import read_history, read_status
 from onward.store.ledger import Ledger, make_ledger
 from onward.store.metrics import Metrics
-from onward.store.rows import StepRecord
+from onward.store.rows import StepRecord, TrackerRow
 from onward.training.checkpoints.checkpoint import Inspection, Manifest, inspect_checkpoint
 
 FILE: dict[str, Any] = {
@@ -71,6 +73,13 @@ def test_a_changed_identity_key_is_shown_with_both_values(layout: RunLayout) -> 
     assert ("error", "locked keys were changed: seed: the run has 0, the config says 7") == (found.level, found.message)
 
 
+def test_a_base_under_another_name_is_the_same(layout: RunLayout, model: Path, tmp_path: Path) -> None:
+    """Its content counts, not where it lies."""
+    configure(Run(layout.root), model=str(shutil.copytree(model, tmp_path / "moved")))
+    (found,) = findings(layout, "base model")
+    assert (["ok"], []) == ([found.level], findings(layout, "identity"))
+
+
 @pytest.mark.parametrize(
     ("processors", "threads", "words"),
     [
@@ -103,6 +112,43 @@ def test_a_paused_run_has_not_failed(layout: RunLayout) -> None:
     with Ledger(layout.ledger) as ledger:
         ledger.put(paused=None, state="failed", problem="no memory")
     assert [("warning", "no memory")] == [(entry.level, entry.message) for entry in findings(layout, "last failure")]
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({"state": "failed", "problem": None}, []), ({"state": "idle", "problem": None}, []),
+        ({"state": "failed", "problem": "no memory"}, [("warning", "last failure", "no memory")]),
+        ({"state": "paused", "problem": "the disk is full"}, [("warning", "paused", "the disk is full")]),
+    ],
+)  # fmt: skip
+def test_who_owns_a_run_and_what_keeps_it_from_going_on(
+    facts: dict[str, Any], expected: list[tuple[str, str, str]], layout: RunLayout
+) -> None:
+    """The owner by its name, as far as it is known, and the problem of the ledger with its state."""
+    with Ledger(layout.ledger) as ledger:
+        ledger.put(**facts)
+
+    def seen() -> list[tuple[str, str, str]]:
+        return [(found.level, found.subject, found.message) for found in process.check_owner(layout)]
+
+    assert expected == seen()
+    with RunLock(layout.lock):
+        assert [*expected, ("ok", "lock", f"held by pid {os.getpid()} on {socket.gethostname()}")] == seen()
+        layout.lock.with_name(".lock.holder").unlink()
+        assert [*expected, ("ok", "lock", "held")] == seen()
+
+
+def test_how_far_trackers_are(layout: RunLayout) -> None:
+    """Those that the config names, told to or not, and which of them fail."""
+    assert [] == [*process.check_trackers(layout)]
+    configure(Run(layout.root), track=["wandb", "mlflow", "tensorboard"])
+    with Ledger(layout.ledger) as ledger:
+        for name, step, problem in (("wandb", 7, "no route"), ("tensorboard", -1, None), ("trackio", 3, "unknown")):
+            ledger.keep_tracker(TrackerRow(name, None, step, 0, 0, 0, 0, problem, 0.0))
+    failing, told = process.check_trackers(layout)
+    assert ("warning", "tracker wandb", "no route") == (failing.level, failing.subject, failing.message)
+    assert ("ok", "sent so far: wandb: step 7, mlflow: nothing yet, tensorboard: step 0") == (told.level, told.message)
 
 
 def lose_ledger(layout: RunLayout) -> None:
@@ -146,6 +192,15 @@ def test_a_copy_under_another_name_is_named(layout: RunLayout) -> None:
     assert ("warning", expected) == (found.level, found.message)
 
 
+def test_a_checkpoint_that_the_ledger_does_not_have_yet_is_named(layout: RunLayout) -> None:
+    """As a kill between the rename and the ledger leaves it; the next start counts it."""
+    newest, before = layout.restore_points()[:2]
+    with Ledger(layout.ledger) as ledger:
+        ledger.write("UPDATE checkpoints SET state = 'writing' WHERE step = ?", step_of(newest))
+    seen = [(finding.level, finding.message) for finding in state.check_checkpoints(layout) if finding.level != "ok"]
+    assert [("warning", f"newer than the ledger, which is at step {step_of(before)}")] * 2 == seen
+
+
 def test_a_file_that_ends_its_checker_is_named(layout: RunLayout) -> None:
     """A file whose checking was begun and never ended is named, with the command that takes it out.
 
@@ -179,6 +234,35 @@ def test_what_a_process_that_trains_replaces_meanwhile_is_no_finding(
     found = iter([[layout.checkpoint(900)], layout.checkpoints()])
     monkeypatch.setattr(RunLayout, "checkpoints", lambda _: next(found))
     assert f"a checkpoint takes {size / 1e6:.0f} MB" in next(machine.check_disk(layout)).message
+
+
+def test_little_room_is_warned_of_before_training_pauses(layout: RunLayout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the next checkpoint with its margin there must be room, for all that is kept and two gigabytes should be."""
+    needed = sum(path.stat().st_size for path in layout.checkpoints()[0].iterdir())
+    configure(Run(layout.root), disk_margin_mb=3, keep_boundaries=4)
+    least, kept, little = needed + (3 << 20), 5 * needed, machine.LITTLE_DISK
+
+    def level(free: int) -> str:
+        monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+        found = next(machine.check_disk(layout))
+        sizes = f"a checkpoint takes {needed / 1e6:.0f} MB, restore points up to {kept / 1e6:.0f} MB"
+        assert f"{free / 1e9:.1f} GB free; {sizes}" == found.message
+        return found.level
+
+    assert ["error", "warning", "warning", "ok"] == [level(free) for free in (least - 1, least, little, little + 1)]
+    monkeypatch.setattr(machine, "LITTLE_DISK", 0)
+    configure(Run(layout.root), disk_margin_mb=0)
+    assert ["error", "warning", "warning", "ok"] == [level(free) for free in (needed - 1, needed, kept, kept + 1)]
+
+
+@pytest.mark.parametrize(("has_room", "level"), [(True, "ok"), (False, "warning")])
+def test_a_step_without_room_in_memory_is_warned_of(
+    has_room: bool, level: str, layout: RunLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what makes a step smaller; where there is room there is nothing to do."""
+    monkeypatch.setattr(machine, "memory_in_words", lambda _: ("1 GB", has_room))
+    (found,) = machine.check_memory(layout)
+    assert (level, "1 GB", has_room) == (found.level, found.message, found.hint is None)
 
 
 def test_files_out_of_the_stream_have_no_number(layout: RunLayout) -> None:

@@ -70,6 +70,18 @@ def test_greedy_answers_are_those_of_transformers(engine: Engine) -> None:
         assert ("step 5, after file 3 (c.jsonl)", 5) == (outcome.label, outcome.step)
 
 
+def test_an_answer_says_why_it_ends(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the most tokens allowed, or at a token that ends answers: that one is counted but not part of the text."""
+    ids = torch.tensor([engine.prompts.of_messages(QUESTION)])
+    with torch.inference_mode():
+        first = int(causal_lm(engine.loaded.model)(ids).logits[0, -1].argmax())
+    cut = engine.reply(QUESTION, GREEDY).outcome
+    monkeypatch.setattr(engine.prompts, "stop_ids", (first,))
+    ended = engine.reply(QUESTION, GREEDY).outcome
+    assert [("length", 12), ("stop", 1)] == [(outcome.finish, outcome.tokens) for outcome in (cut, ended)]
+    assert (ids.shape[1], "") == (ended.prompt_tokens, ended.text)
+
+
 def test_an_answer_is_a_function_of_its_seed(engine: Engine) -> None:
     """Also among others; the process's own random numbers are neither read nor moved on."""
     before = torch.get_rng_state()

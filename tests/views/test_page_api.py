@@ -558,7 +558,8 @@ def test_the_cookie_acts_for_the_page_itself(page: Page) -> None:
     assert "paused" == page.get("/api/status")["state"]
     assert "no longer paused; onward watch continues the run" == page.post("/api/resume").json["answer"]
     assert "no process owns this run" == page.post("/api/stop", {"after_file": True}).json["answer"]
-    for path, wrong in (("pause", {"release": 1}), ("skip", {"file": 3}), ("skip", {}), ("rollback", {})):
+    wrongs = [("pause", {"release": 1}), ("skip", {"file": 3}), ("skip", {"file": ""}), ("skip", {}), ("rollback", {})]
+    for path, wrong in wrongs:
         assert 400 == page.post(f"/api/{path}", wrong).status
     assert 400 == page.ask("POST", "/api/pause", b"[1]", page.bearer).status
     assert 400 == page.ask("POST", "/api/pause", b"x" * 70_000, page.bearer).status

@@ -143,7 +143,7 @@ def find_removable(layout: RunLayout, ledger: Ledger, file: str | None) -> FileR
     Raises:
         UsageError: there is none.
     """
-    row = find_file(ledger, file, *REMOVABLE) if file else next(reversed(ledger.files("training")), None)
+    row = find_file(ledger, file, *REMOVABLE) if file is not None else next(reversed(ledger.files("training")), None)
     if row is None:
         hint = "onward skip FILE takes out a waiting file, onward rebuild --without FILE a finished one."
         raise UsageError("no file is being trained", where=layout.root.absolute(), hint=hint)

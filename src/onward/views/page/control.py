@@ -97,4 +97,4 @@ def _text(wanted: Mapping[str, Any], name: str) -> str | None:
     value = wanted.get(name)
     if value is not None and not isinstance(value, str):
         raise UsageError(f"{name} must be a text", where=name)
-    return value or None
+    return value

@@ -58,10 +58,10 @@ def check_inbox(layout: RunLayout) -> Iterator[Finding]:
 
 def check_queue(layout: RunLayout) -> Iterator[Finding]:
     """Name the files at which a process ended before it could say what is wrong with them; one may be checked now."""
+    now = int(is_held(layout.intake_lock))
     with Ledger(layout.ledger, read_only=True) as ledger:
-        stuck = [row for row in ledger.files("arriving", "queued") if row.attempts > 0]
-    now = int(bool(stuck) and is_held(layout.intake_lock))
-    for row in (row for row in stuck if row.attempts > now):
+        stuck = [row for row in ledger.files("arriving", "queued") if row.attempts > now]
+    for row in stuck:
         message = f"checking {printable(row.name)} was begun {how_many(row.attempts - now, 'time')} and never finished"
         yield Finding("warning", "queue", message, f"onward skip {typed(row.name)} takes it out")
 
