@@ -239,3 +239,5 @@ def test_a_stop_asked_of_any_rank_reaches_rank_0() -> None:
         scene.watches[1].check()
     with pytest.raises(Released):
         scene.watches[1].blame(RuntimeError("Connection reset"))
+    with pytest.raises(Released):
+        scene.watches[1].explain(RankLost("rank 1 failed: Connection reset"))
