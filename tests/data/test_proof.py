@@ -158,6 +158,23 @@ def test_tools_that_a_template_does_not_write_are_refused() -> None:
         pieces("DROPS_CALLS", row)
 
 
+def test_what_a_prompt_leaves_out_is_refused() -> None:
+    """An answer to half of the messages would look like one to all; earlier thoughts are left out as templates do."""
+    for trait, messages, reason in (
+        ("NO_DEVELOPER", [{**SYSTEM, "role": "developer"}, USER], OUT.format("developer text", 1)),
+        ("DROPS_CALLS", [USER, {**CALLS, "content": ""}, RESULT], NO_CALL),
+        ("SYSTEM_LAST", [SYSTEM, USER, ANSWER, AGAIN[0]], None),
+        ("WHOLE", [USER, {**CALLS, "content": ""}, RESULT], None),
+        ("STRIPS_THOUGHTS", [USER, thinking("<think>T</think>A"), AGAIN[0]], None),
+    ):
+        if reason is None:
+            assert messages[-1]["content"] in template(trait).prompt(Chat(messages))
+            continue
+        with pytest.raises(RowError) as refusal:
+            template(trait).prompt(Chat(messages))
+        assert reason == refusal.value.reason
+
+
 SOME_TOOLS = [{"type": "function", "function": {"name": "one"}}, {"type": "function", "function": {"name": "look_up"}}]
 
 

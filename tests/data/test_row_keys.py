@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from onward.data.row_types import Chat, Completion, RowError, Text
+from onward.data.rows.columns import Columns
 from onward.data.rows.records import parse_record
 
 USER = {"role": "user", "content": "Hi"}
@@ -280,6 +281,9 @@ def test_nulls_that_columns_pad() -> None:
         ({"prompt": {"0": "a", "1": "b"}, "completion": {"0": "c", "1": "d"}}, "the file is a table stored by columns"),
         ({"prompt": ["a", "b"], "completion": ["c", "d"]}, "the file is a table stored by columns"),
         ({"columns": ["text"], "index": [0], "data": [["a"]]}, "the file is a table stored by columns"),
+        ({"question": ["a", "b"], "answer": ["c", "d"]}, "the file is a table stored by columns"),
+        ({"segments": [{"label": True, "text": "a"}]}, 'no known row format (keys with a value: "segments")'),
+        ({"contents": [{"role": "user", "parts": []}]}, 'no known row format (keys with a value: "contents")'),
         ({"train": [{"text": "a"}], "version": 1}, 'no known row format; "train" contains a list of objects'),
         ({"dialog": ["a", "b"], "act": ["c", "d"]}, 'no known row format (keys with a value: "dialog", "act")'),
         ({"system": [{"type": "image"}], "messages": [USER, ANSWER]}, "\"system\" contains a part of type 'image'"),
@@ -288,5 +292,5 @@ def test_nulls_that_columns_pad() -> None:
 def test_rows_of_another_kind_are_told_what_they_are(row: dict[str, Any], reason: str) -> None:
     """Preferences of other tools, several answers, tables by columns: not that a key of a text is missing."""
     with pytest.raises(RowError) as refusal:
-        parse_record(row)
+        parse_record(Columns().mapped(row))
     assert str(refusal.value).startswith(reason)

@@ -45,15 +45,23 @@ def test_what_is_accepted_is_what_the_row_says(name: str) -> None:
 def test_the_twin_for_training_is_found_by_the_text() -> None:
     """For a model's own template that TRL knows, the one for training is named; for any other text none is."""
     own = [name for name in names() if f"{name}_training" in names()]
-    assert [f"{name}_training" for name in own] == [training_twin(template_text(name)) for name in own]
+    twins = [(f"{name}_training", template_text(f"{name}_training")) for name in own]
+    assert twins == [training_twin(template_text(name)) for name in own]
     assert [None, None] == [training_twin(text) for text in ("", CHATML)]
 
 
-def test_a_refusal_names_the_twin() -> None:
-    """Where another template is the remedy, the refusal says which one TRL ships for this model."""
-    tokenizer = RunTokenizer(byte_state(template_text("qwen2_5")), Config(), None)
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("qwen3", "; TRL ships a training template for this model: chat_template: qwen3_training"),
+        ("qwen2_5", "; qwen2_5_training, which TRL ships for training this model, does not either"),
+    ],
+)
+def test_a_refusal_says_whether_the_twin_takes_the_row(name: str, hint: str) -> None:
+    """Where another template is the remedy, the one that TRL ships for this model is tried."""
+    tokenizer = RunTokenizer(byte_state(template_text(name)), Config(), None)
     thought = {"role": "assistant", "content": "Yes.", "reasoning_content": "Is it?"}
-    row = Chat([{"role": "user", "content": "Is it?"}, thought])
+    row = Chat([{"role": "user", "content": "Is it?"}, thought, {"role": "user", "content": "So?"}, thought])
     with pytest.raises(RowError) as refusal:
         tokenizer.prepare(row)
-    assert "chat_template: qwen2_5_training" in refusal.value.remedy
+    assert refusal.value.remedy.endswith(hint)

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import checkpoints
 import pytest
+import small
 import stock
 import tiny
 import torch
@@ -15,7 +16,7 @@ from commands import onward
 from peft import LoraConfig, PeftModel, get_peft_model
 from runs import UNMEASURED
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from onward import Run
 from onward.config import Config
@@ -135,14 +136,24 @@ def test_what_is_left_of_the_base_is_kept(init: str, model: Path, tmp_path: Path
     assert run.verify(deep=init == "pissa").ok
 
 
-def test_first_weights_that_do_not_suit_a_layer_are_refused(tmp_path: Path) -> None:
-    """PEFT's OLoRA gives layers of GPT-2 matrices that PEFT does not load; nothing is made then."""
-    tokenizer = tiny.byte_tokenizer()
-    config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    with pytest.raises(ConfigError, match=r"lora\.init olora does not work with layers of this model"):
-        Run.create(tmp_path / "run", str(tmp_path / "base"), lora={"rank": 2, "init": "olora"})
+@pytest.mark.parametrize(
+    ("family", "init", "hint"),
+    [
+        ("gpt2", "olora", "Leave it out, or try pissa."),
+        ("olmoe", "olora", "Leave it out, or try gaussian."),
+        ("olmoe", "orthogonal", "Leave it out, or try gaussian."),
+        ("mamba", "pissa", "These fit: --set 'lora.targets=[dt_proj, in_proj, x_proj]'"),
+    ],
+)
+def test_first_weights_that_do_not_suit_a_layer_are_refused(family: str, init: str, hint: str, tmp_path: Path) -> None:
+    """PEFT's OLoRA gives layers of GPT-2 matrices that PEFT does not load, and PEFT fails on experts in one tensor; a
+    model that no adapter fits is told its layers. Nothing is made then."""
+    small.small_model(family).save_pretrained(tmp_path / "base")
+    tiny.byte_tokenizer().save_pretrained(tmp_path / "base")
+    with pytest.raises(ConfigError) as refused:
+        Run.create(tmp_path / "run", str(tmp_path / "base"), max_length=64, lora={"rank": 2, "init": init})
+    assert hint == refused.value.hint
+    assert ("lora.targets" if family == "mamba" else "lora.init") == refused.value.where
     assert not (tmp_path / "run").exists()
 
 

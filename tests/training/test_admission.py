@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from onward.config import Config
 from onward.errors import ConfigError, ModelError
 from onward.training.admission.admit import admit
 from onward.training.admission.findings import Findings
-from onward.training.admission.longer import causal_length, filling_difference
+from onward.training.admission.longer import causal_length, compare_filled
 from onward.training.admission.reach import without_gradient
 from onward.training.admission.remedies import working_config
 from onward.training.admission.small.narrow import still
@@ -200,9 +201,9 @@ def test_rows_of_one_length_that_change_each_other_are_seen(tmp_path: Path) -> N
     folder = save(tmp_path, "llama")
     spec = ModelSpec(config(folder, method="full"), folder, CPU, torch.float32)
     model: Any = LlamaForCausalLM.from_pretrained(folder).train()
-    assert filling_difference(spec, model, VOCABULARY, by_length=True) < 1e-5
+    assert compare_filled(spec, model, VOCABULARY, by_length=True).largest < 1e-5
     model.model.layers[0].mlp.down_proj = MixesRows(model.model.layers[0].mlp.down_proj)
-    assert filling_difference(spec, model, VOCABULARY, by_length=True) > 1e-2
+    assert compare_filled(spec, model, VOCABULARY, by_length=True).largest > 1e-2
 
 
 class LooksAheadInLongRows(LlamaForCausalLM):
@@ -237,6 +238,18 @@ def test_looking_ahead_is_seen_in_any_compute_type(tmp_path: Path) -> None:
     save(tmp_path, "bert")
     with pytest.raises(ModelError, match="looks ahead"):
         admit(ModelSpec(config(tmp_path), tmp_path, CPU, torch.bfloat16))
+
+
+def test_an_embedding_that_is_trained_whole_on_a_bfloat16_base(tmp_path: Path) -> None:
+    """The proof computes in the types of a step. Where PyTorch has no such layer norm on a CPU, the refusal says so."""
+    for family, saved in (("llama", "embed_tokens"), ("gpt2", "wte")):
+        folder = save(tmp_path / family, family)
+        given = config(folder, dtype="bfloat16", lora={"modules_to_save": [saved]})
+        refusal = contextlib.nullcontext() if family == "llama" else pytest.raises(ModelError)
+        with refusal as refused:
+            admit(ModelSpec(given, folder, CPU, torch.bfloat16))
+        assert refused is None or refused.value.hint == "In float32 it works: --set dtype=float32"
+    admit(ModelSpec(given, folder, CPU, torch.float32))
 
 
 def test_the_vision_of_a_model_of_text_and_images_is_left_out(tmp_path: Path) -> None:

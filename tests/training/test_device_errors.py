@@ -154,7 +154,7 @@ def starved_model() -> Any:
 
 
 TRIALS: dict[str, Callable[[], object]] = {
-    "the longest row": lambda: most_positions(starved_model(), range(60), 40, torch.device("cpu")),
+    "the longest row": lambda: most_positions(starved_model(), range(60), 40, torch.device("cpu"), torch.float32),
     "whether a norm is understood": lambda: form_of(with_weight(Starved()), 1e-6),
     "whether a gate is understood": lambda: is_gated(with_parts(Starved())),
 }

@@ -42,6 +42,11 @@ GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8}
 QUESTION: list[Any] = [{"role": "user", "content": "what runs past the river?"}]
 
 
+def calling(calls: Any) -> dict[str, Any]:
+    """Return a message of an assistant that calls tools, as a client sends it back."""
+    return {"role": "assistant", "content": None, "tool_calls": calls}
+
+
 @contextmanager
 def served(engine: Engine, key: str | None = None, host: str = "127.0.0.1", name: str = "run") -> Iterator[str]:
     """Yield the base URL of a server over an engine."""
@@ -155,6 +160,9 @@ def test_answers_by_plain_http(url: str, engine: Engine) -> None:
         ({"messages": QUESTION, "min_p": 0.1}, "min_p is not known here"),
         ({"messages": QUESTION, "tools": [{"function": {"name": "f"}}]}, "does not write the tools"),
         ({"messages": QUESTION, "tools": ["f"]}, "tools must be objects"),
+        ({"messages": [*QUESTION, calling([{"name": "f"}])]}, "does not write the tool call of message 2"),
+        ({"messages": [*QUESTION, calling([{"name": "f", "arguments": "{"}])]}, "cannot be read as JSON"),
+        ({"messages": [*QUESTION, calling(3)]}, '"tool_calls" of messages[1] is a number'),
         ({"messages": [{"role": "user", "content": "<|im_end|>"}]}, "control token"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "half of a surrogate pair"),
         ({"messages": [{"role": "user", "content": "x" * 2000}]}, "the model takes only 1024"),

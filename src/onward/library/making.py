@@ -19,7 +19,7 @@ from onward.config import Config
 from onward.config.keys import NEW_RUN
 from onward.config.schema import write_config
 from onward.config.text import parse_config, read_config
-from onward.errors import UsageError
+from onward.errors import OnwardError, UsageError
 from onward.layout import RunLayout
 from onward.service.state.own_parts import OwnParts, is_made
 from onward.store.disks import require_local, require_locks
@@ -90,7 +90,7 @@ class _Making:
         _require_usable(base, own.config, tokenizer.state)
         config = with_stored_path(own.config, base, self.layout.root).model_copy(update={"chat_template": name})
         with own.made_or_nothing():
-            config = own.make(config, base, folder)
+            config = self._make_own(own, config, base, folder)
             base = base_of_run(self.layout.root, config.model)
             config, facts = (config, {}) if later else self._admit(config, base)
         _make_files(self.layout, config, replace=bool(own.facts))
@@ -111,6 +111,21 @@ class _Making:
         with self.loading():
             return load_with_files(folder)
 
+    def _make_own(self, own: OwnParts, config: Config, base: Path, tokenizer: Path) -> Config:
+        """Make the parts of the run's own; an adapter that fits the model in no way is refused with what would fit."""
+        try:
+            return own.make(config, base, tokenizer)
+        except OnwardError as error:
+            if str(error.where).startswith("lora"):
+                from onward.training.admission.remedies import working_config
+
+                working_config(config, base, self._has_chosen_dropout())
+            raise
+
+    def _has_chosen_dropout(self) -> bool:
+        lora = self.values.get("lora")
+        return "lora.dropout" in self.values or (isinstance(lora, Mapping) and "dropout" in lora) or not self.values
+
     def _admit(self, config: Config, base: Path) -> tuple[Config, dict[str, Any]]:
         """Prove the model; return the config with settings that work, and the facts for the ledger."""
         with self.loading():
@@ -118,10 +133,8 @@ class _Making:
         from onward.training.admission.findings import FACT
         from onward.training.model.base import OWN_ADAPTER
 
-        lora = self.values.get("lora")
-        chosen = "lora.dropout" in self.values or (isinstance(lora, Mapping) and "dropout" in lora) or not self.values
         start = self.layout.root / OWN_ADAPTER if config.adapter else None
-        config, findings = admit_new(config, base, has_chosen_dropout=chosen, checkpoint=start)
+        config, findings = admit_new(config, base, has_chosen_dropout=self._has_chosen_dropout(), checkpoint=start)
         for line in findings.lines():
             self.report(line)
         return config, {FACT: findings.to_dict()}

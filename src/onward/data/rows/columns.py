@@ -6,6 +6,7 @@ if it has one key for each, by any of the usual names; that is a chat, as Alpaca
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from onward.data.row_types import RowError
@@ -23,6 +24,11 @@ BESIDES = ("input", "context")
 
 KNOWN = frozenset((*(key for keys in FORMATS for key in keys), *QUESTIONS, *ANSWERS, *BESIDES))
 """All names by which a row is recognized."""
+
+BY_COLUMNS = RowError(
+    "the file is a table stored by columns",
+    "write it by rows; with pandas: to_json(FILE, orient='records', lines=True)",
+)
 
 
 class Columns:
@@ -89,6 +95,7 @@ class Columns:
             if len(names) > 1:
                 raise _ambiguous(names, what, questions[0], answers[0])
         (question,), (answer,) = questions, answers
+        refuse_by_columns(row)
         odd = next((name for name in (question, answer) if not isinstance(row[name], str)), None)
         if odd is not None:
             raise RowError(f'"{odd}" is not a string', f'write "{odd}" as a string')
@@ -97,6 +104,24 @@ class Columns:
         rest = {key: item for key, item in row.items() if key not in used}
         context = {"input": row[besides[0]]} if besides else {}
         return {**rest, "instruction": row[question], **context, "output": row[answer]}
+
+
+def refuse_by_columns(row: dict[Any, Any]) -> None:
+    """Refuse a row with a known key if each of its values is a column: texts keyed by row number, or in a list.
+
+    Raises:
+        RowError: as many texts are in each.
+    """
+    if not KNOWN.isdisjoint(row) and _is_by_columns(row.values()):
+        raise BY_COLUMNS
+
+
+def _is_by_columns(values: Collection[Any]) -> bool:
+    if all(isinstance(value, dict) and value for value in values):
+        numbers = [tuple(value) for value in values]
+        return all(keys == numbers[0] for keys in numbers) and all(str(key).isdecimal() for key in numbers[0])
+    are_lists = all(isinstance(value, list) and value and isinstance(value[0], str) for value in values)
+    return are_lists and len({len(value) for value in values}) == 1
 
 
 def _has_format(row: dict[Any, Any]) -> bool:

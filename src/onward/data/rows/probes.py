@@ -88,6 +88,11 @@ class Probe:
             return None
         return _walked_back(slots, steps, len(text))
 
+    def left_out(self, skeleton: str) -> list[Slot]:
+        """Return the slots whose words are not in the text that `messages` render to."""
+        written = {int(word[1] or word[2]) for word in self._find.finditer(skeleton)}
+        return [slot for number, slot in enumerate(self.slots) if number not in written]
+
     def _message(self, place: int, message: Message) -> Message:
         made = dict(message)
         written = [key for key in REASONING_KEYS if isinstance(message.get(key), str)]

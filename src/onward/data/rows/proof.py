@@ -83,6 +83,29 @@ def lay_out(messages: Sequence[Message], text: str, render: Render, marks: Seque
     raise refusal or _changed(messages, text)
 
 
+def require_asked(messages: Sequence[Message], text: str, render: Render) -> None:
+    """Refuse messages if the prompt that they render to leaves out a text or a call.
+
+    It may leave out what the assistant thought and said: templates drop earlier thoughts, and texts beside calls.
+
+    Args:
+        messages: the messages as the template gets them.
+        text: the prompt.
+        render: renders the prompt of other messages.
+
+    Raises:
+        RowError: a text or a call is missing.
+    """
+    probe = Probe(messages, text, None, deep=False)
+    try:
+        skeleton = render(probe.messages)
+    except RowError:  # the template depends on what the messages say
+        return
+    for slot in probe.left_out(skeleton):
+        if slot.kind == NAME or (slot.kind == CONTENT and messages[slot.place]["role"] != "assistant"):
+            raise _refusal("does not write", slot.place, slot.kind, messages)
+
+
 def _holds(message: Message, mark: str) -> bool:
     said = [message.get("content"), *(message.get(key) for key in ("reasoning_content", "thinking", "reasoning"))]
     return any(isinstance(value, str) and mark in value for value in said)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 from typing import Any
 
 from onward.data.row_types import KEY_LENGTH, RowError
-from onward.data.rows.columns import KNOWN
+from onward.data.rows.columns import BY_COLUMNS, refuse_by_columns
 from onward.data.rows.messages import MEDIA_KEYS, weight_of
 from onward.text import printable
 
@@ -21,8 +20,9 @@ ONE_OF_SEVERAL = re.compile(r"(answer|completion|output|response)_?(\d|[abjk])")
 """Keys that each hold one of several answers."""
 TOKEN_KEYS = ("input_ids", "token_ids", "tokens")
 LABEL_KEYS = ("label", "kto_tag")
+SPEAKERS = frozenset(("role", "from", "speaker"))
+"""Keys of the turns of a chat: a list of these is one row of an unknown format, and so is Axolotl's `segments`."""
 ONE_ANSWER = 'keep the good answer as "messages" or "completion", and remove the other'
-BY_ROWS = "write it by rows; with pandas: to_json(FILE, orient='records', lines=True)"
 
 
 def refuse_known(row: dict[str, Any]) -> None:
@@ -42,8 +42,8 @@ def refuse_known(row: dict[str, Any]) -> None:
             raise RowError(f'the row has "{key}": only text is trained', f'remove the row, or its "{key}"')
     if "input_ids" in row:
         refuse_tokens(row)
-    if not isinstance(next(iter(row.values())), str) and not KNOWN.isdisjoint(row) and _is_by_columns(row.values()):
-        raise RowError("the file is a table stored by columns", BY_ROWS)
+    if not isinstance(next(iter(row.values())), str):
+        refuse_by_columns(row)
 
 
 def refuse_tokens(row: dict[str, Any]) -> None:
@@ -66,23 +66,14 @@ def refuse_shapes(row: dict[str, Any]) -> None:
             f"the row has several answers ({named}): Onward trains one answer, and no preferences", ONE_ANSWER
         )
     if {"columns", "data"} <= row.keys():
-        raise RowError("the file is a table stored by columns", BY_ROWS)
+        raise BY_COLUMNS
     lists = [key for key, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    if len(lists) == 1:
+    if len(lists) == 1 and lists[0] != "segments" and SPEAKERS.isdisjoint(row[lists[0]][0]):
         name = printable(lists[0][:KEY_LENGTH])
         raise RowError(
             f'no known row format; "{name}" contains a list of objects, which may be the rows',
             f'write what "{name}" holds into a .json file, without the object around it',
         )
-
-
-def _is_by_columns(values: Collection[Any]) -> bool:
-    """Whether each value is a column: texts keyed by row number, or in a list, as many in each."""
-    if all(isinstance(value, dict) and value for value in values):
-        numbers = [tuple(value) for value in values]
-        return all(keys == numbers[0] for keys in numbers) and all(str(key).isdecimal() for key in numbers[0])
-    are_lists = all(isinstance(value, list) and value and isinstance(value[0], str) for value in values)
-    return are_lists and len({len(value) for value in values}) == 1
 
 
 def _is_bad(label: Any, row: dict[str, Any]) -> bool:

@@ -18,7 +18,7 @@ from onward.data.row_types import Chat, Message, RowError
 from onward.data.rows.end_tokens import PROBE, QUESTION, end_tokens, split_tokens, without_marks
 from onward.data.rows.forms import Forms
 from onward.data.rows.plain import PlainChats
-from onward.data.rows.proof import REMEDY, lay_out
+from onward.data.rows.proof import REMEDY, lay_out, require_asked
 from onward.data.rows.records import DOCUMENTS
 from onward.data.rows.turns import THINK_START, Habits, Span, Target, Turns
 from onward.data.templates.rendering import GENERATION_END, GENERATION_START, Renderer
@@ -118,8 +118,8 @@ class ChatTemplate:
         """Return the text that asks the model for the next answer in a chat, exactly as before the answers in training.
 
         Raises:
-            RowError: there is no template, it refuses the chat or leaves its tools out, or a message contains a control
-                token.
+            RowError: there is no template, it refuses the chat or leaves out its tools, a text or a call, or a message
+                contains a control token.
         """
         if self._renderer is None:
             raise NO_TEMPLATE
@@ -127,8 +127,10 @@ class ChatTemplate:
             return other.prompt(chat)
         self._refuse_control_tokens(chat.messages)
         messages = self._forms.messages(chat)
-        asking = _rendered(self._renderer, chat, messages, prompt=True)
+        render = partial(_rendered, self._renderer, chat, prompt=True)
+        asking = render(messages)
         self._require_tools(chat, messages, asking)
+        require_asked(messages, asking, render)
         return asking + self._habits.header
 
     @property

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from onward.data.templates.rendering import Renderer
 from onward.errors import ConfigError, ModelError
+from onward.layout import typed_path
 from onward.text import quoted
 
 KEY = "chat_template"
@@ -36,7 +37,7 @@ def find_template(value: str, root: Path, *others: Path) -> tuple[str, str]:
         ConfigError: there is no such template, or the file is not one.
     """
     copy = root / f"{Path(value).stem}{ENDING}"  # the file, or TRL, may be gone by now
-    found = (folder / Path(value).expanduser() for folder in (root, *others))
+    found = (folder / typed_path(value) for folder in (root, *others))
     path = next((path for path in (*found, copy) if path.is_file()), None)
     if path is not None:
         return _name_in(root, path), _checked(_read(path), path)
@@ -81,8 +82,8 @@ def write_template(value: str | None, text: str, root: Path) -> None:
         (root / value).write_text(text, encoding="utf-8")
 
 
-def training_twin(template: str) -> str | None:
-    """Return the name of the template for training that the installed TRL ships for a model's own; None if it has none.
+def training_twin(template: str) -> tuple[str, str] | None:
+    """Return name and text of the template for training that the installed TRL ships for a model's own.
 
     TRL keeps models' own templates next to those for training; which model this is follows from the text.
     """
@@ -92,18 +93,13 @@ def training_twin(template: str) -> str | None:
     for path in sorted(folder.glob(f"*{SHIPPED}{ENDING}")):
         own = path.with_name(f"{path.stem.removesuffix(SHIPPED)}{ENDING}")
         if own.is_file() and own.read_text(encoding="utf-8") == template:
-            return path.stem
+            return path.stem, path.read_text(encoding="utf-8")
     return None
 
 
-def other_template_hint(template: str) -> str:
-    """Return where to find a template for training, for a model whose own leaves something out."""
-    twin = training_twin(template)
-    if twin is not None:
-        return f"TRL ships a training template for this model: {KEY}: {twin}"
-    if _trl_folder() is None:
-        return "TRL ships training templates for many models, by name: pip install 'onward[templates]'"
-    return ""
+def has_templates() -> bool:
+    """Return whether TRL, which ships templates, is installed."""
+    return _trl_folder() is not None
 
 
 def _name_in(root: Path, path: Path) -> str:

@@ -12,7 +12,7 @@ from onward.data.files.reading import Reading
 from onward.data.row_tokenizer import Fitted, RowTokenizer, cache_key
 from onward.data.row_types import Record, RowError
 from onward.data.rows.template import RowText
-from onward.data.templates.own_template import KEY, other_template_hint
+from onward.data.templates.own_template import KEY, has_templates, training_twin
 from onward.data.tokenized import PackedRow, ids_of
 from onward.data.tokenizer import TokenizerState
 from onward.layout import RunLayout
@@ -22,6 +22,7 @@ from onward.store.ledger import Ledger
 from onward.training.model.base import base_of_run
 from onward.training.model.capacity import read_capacity, require_fits
 
+TEMPLATES_OF_TRL = "TRL ships training templates for many models, by name: pip install 'onward[templates]'"
 CHECKPOINT_ROOM = 1.2
 """The room that checking leaves free on the disk, in sizes of the newest checkpoint: training needs it next."""
 
@@ -45,18 +46,29 @@ class RunTokenizer(RowTokenizer):
 
         Raises:
             RowError: the chat template refuses the row, or its targets cannot be proven. If another template is the
-                remedy, the error names the one that TRL ships for this model.
+                remedy, the error says whether the one that TRL ships for this model takes the row.
         """
         try:
             return super().prepare(record)
         except RowError as error:
-            if KEY not in error.remedy or not self._other_template:
+            if KEY not in error.remedy or not (hint := self._other_template(record)):
                 raise
-            raise RowError(error.reason, f"{error.remedy}; {self._other_template}") from None
+            raise RowError(error.reason, f"{error.remedy}; {hint}") from None
+
+    def _other_template(self, record: Record) -> str:
+        if self._twin is None:
+            return "" if has_templates() else TEMPLATES_OF_TRL
+        name, tokenizer = self._twin
+        try:
+            tokenizer.prepare(record)
+        except RowError:
+            return f"{name}, which TRL ships for training this model, does not either"
+        return f"TRL ships a training template for this model: {KEY}: {name}"
 
     @cached_property
-    def _other_template(self) -> str:
-        return other_template_hint(self.state.chat_template)
+    def _twin(self) -> tuple[str, RowTokenizer] | None:
+        twin = training_twin(self.state.chat_template)
+        return None if twin is None else (twin[0], RowTokenizer(self.state.with_template(twin[1]), self.max_length))
 
     def fit(self, packed: PackedRow) -> Fitted:
         """Apply the length policy to one row.

@@ -174,7 +174,7 @@ def _require_causal(proof: Proof, model: nn.Module, vocabulary: range) -> None:
 def _require_positions(proof: Proof, model: nn.Module, vocabulary: range) -> None:
     model.eval()
     longest = proof.spec.config.max_length
-    limit = most_positions(causal_lm(model), vocabulary, longest, proof.spec.device)
+    limit = most_positions(causal_lm(model), vocabulary, longest, proof.spec.device, proof.spec.dtype)
     model.train()
     if limit is not None:
         hint = f"Set max_length to at most {limit}: --set max_length={limit}, or in the config."

@@ -9,26 +9,31 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from onward.training.admission.inputs import LONG, rows, tokens
+from onward.training.device.environment import autocast
 from onward.training.device.errors import is_of_the_device
 
 _STATED = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_target_positions")
 """Config keys that state the number of positions."""
 
 
-def most_positions(model: PreTrainedModel, vocabulary: range, max_length: int, device: torch.device) -> int | None:
+def most_positions(
+    model: PreTrainedModel, vocabulary: range, max_length: int, device: torch.device, dtype: torch.dtype
+) -> int | None:
     """Return the length in tokens of the longest row that a model can take; None if `max_length` is not too long.
 
     Args:
         vocabulary: the token ids that rows may have.
         max_length: tokens of the longest row that the run may have.
+        dtype: the type that steps compute in: weights of several types, as trained parts have, need its context.
     """
-    learned = _learned(model, vocabulary, device)
-    if learned is not None and learned < max_length:
-        return learned
-    stated = _stated(model)
-    if stated is None or stated >= max_length or _takes(model, vocabulary, stated + 1, device):
-        return None
-    return stated
+    with torch.no_grad(), autocast(device, dtype):
+        learned = _learned(model, vocabulary, device)
+        if learned is not None and learned < max_length:
+            return learned
+        stated = _stated(model)
+        if stated is None or stated >= max_length or _takes(model, vocabulary, stated + 1, device):
+            return None
+        return stated
 
 
 def _stated(model: PreTrainedModel) -> int | None:
@@ -43,8 +48,7 @@ def _takes(model: PreTrainedModel, vocabulary: range, length: int, device: torch
         return False
     ids = torch.arange(length, device=device)[None] % len(vocabulary) + vocabulary.start
     try:
-        with torch.no_grad():
-            cast(Any, model)(input_ids=ids, use_cache=False)
+        cast(Any, model)(input_ids=ids, use_cache=False)
     except (RuntimeError, IndexError, ValueError, AssertionError) as error:
         if is_of_the_device(error):
             raise
@@ -83,8 +87,7 @@ def _learned(model: PreTrainedModel, vocabulary: range, device: torch.device) ->
     batch = rows([LONG, LONG], vocabulary)
     try:
         for length in (LONG - 1, LONG):
-            with torch.no_grad():
-                cast(Any, model)(input_ids=tokens(batch.rows[0], device)[:, :length], use_cache=False)
+            cast(Any, model)(input_ids=tokens(batch.rows[0], device)[:, :length], use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from onward.config import Config
 from onward.errors import ConfigError, first_line
 from onward.training.admission.causality import looks_ahead
+from onward.training.device.environment import HALF
 from onward.training.device.errors import is_of_the_device
 from onward.training.model.adapter_shape import new_adapter_config
 from onward.training.model.quiet import one_load, quiet
@@ -38,13 +39,18 @@ def working_config(config: Config, base: Path, chosen: bool) -> tuple[Config, di
     if problem is None:
         return config, {}
     without = config.model_copy(update={"lora": config.lora.model_copy(update={"dropout": 0.0})})
-    if config.lora.dropout and _problem(without, base) is None:
+    left = _problem(without, base) if config.lora.dropout else problem
+    if left is None:
         if not chosen:
             return without, {"lora.dropout": 0.0}
         raise ConfigError(
             f"the model stores experts as single tensors, whose adapters cannot have dropout ({problem})",
             where="lora.dropout", hint="--set lora.dropout=0",
         )  # fmt: skip
+    plain = config.model_copy(update={"lora": without.lora.model_copy(update={"init": "default"})})
+    if config.lora.init != "default" and _problem(plain, base) is None:
+        what = f"lora.init {config.lora.init} does not work with layers of this model: {left}"
+        raise ConfigError(what, where="lora.init", hint="Leave it out, or try gaussian.")
     targets = _working_targets(config, base)
     if targets is None:
         return config, {}  # building the model will show its modules
@@ -72,11 +78,14 @@ def causal_hint(base: Path, device: torch.device) -> str:
 
 
 def adapter_hint(config: Config, base: Path, device: torch.device, dtype: torch.dtype) -> str:
-    """Return targets that work for a model that fails with its adapter; plain linear layers are tried."""
-    from onward.training.model.load import build_plain
+    """Return a setting with which a model works that fails with its adapter: float32, or targets that are plain layers.
 
+    PyTorch's layer norms on a CPU take no input of another type than their weights, as trained embeddings make it.
+    """
     if config.method == "full":
         return NO_REMEDY
+    if dtype in HALF and _computes(ModelSpec(config, base, device, torch.float32)):
+        return "In float32 it works: --set dtype=float32"
     skeleton = _skeleton(base)
     head = skeleton.get_output_embeddings()
     kinds: dict[str, set[type]] = {}
@@ -85,14 +94,24 @@ def adapter_hint(config: Config, base: Path, device: torch.device, dtype: torch.
             kinds.setdefault(name.rpartition(".")[2], set()).add(type(part))
     targets = sorted(kind for kind, types in kinds.items() if types == {nn.Linear})
     tried = config.model_copy(update={"lora": config.lora.model_copy(update={"targets": targets})})
-    try:
-        model = build_plain(ModelSpec(tried, base, device, dtype)).eval()
-        looks_ahead(model, range(len(cast(Any, skeleton.get_input_embeddings()).weight)), device)
-    except Exception as error:  # then the adapter is not the cause
-        if is_of_the_device(error):
-            raise
+    if not _computes(ModelSpec(tried, base, device, dtype)):  # then the adapter is not the cause
         return NO_REMEDY
     return f"With these targets it works: --set 'lora.targets=[{', '.join(targets)}]'"
+
+
+def _computes(spec: ModelSpec) -> bool:
+    """Return whether a model computes the logits of a row."""
+    from onward.training.model.load import build_plain
+
+    try:
+        model = build_plain(spec).eval()
+        vocabulary = range(len(cast(Any, _skeleton(spec.base).get_input_embeddings()).weight))
+        looks_ahead(model, vocabulary, spec.device)
+    except Exception as error:
+        if is_of_the_device(error):
+            raise
+        return False
+    return True
 
 
 def _skeleton(base: Path) -> PreTrainedModel:

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from onward.errors import ModelError, Unreadable, first_line
+from onward.training.device.errors import is_of_the_device
 from onward.training.layers.fused_lora import ADAPTER
 from onward.training.model.base import ADAPTER_CONFIG
 
@@ -76,12 +77,14 @@ def add_adapter(model: PreTrainedModel, adapter: PeftConfig) -> PeftModel:
     """Put an adapter around a base model; its weights are drawn from the global generator.
 
     Raises:
-        ModelError: the model has none of the layers that the adapter is for.
+        ModelError: the model has none of the layers that the adapter is for, or has layers that PEFT cannot adapt so.
     """
+    names = sorted({name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)})
     try:
         adapted = cast(PeftModel, get_peft_model(model, adapter))
-    except (ValueError, TypeError, NotImplementedError) as error:
-        names = sorted({name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)})
+    except Exception as error:  # PEFT refuses some settings with whatever error its code meets
+        if is_of_the_device(error):
+            raise
         raise ModelError(
             f"the adapter does not fit: {first_line(error)}",
             where="lora.targets" if "target module" in str(error).lower() else "lora",

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from onward.atomic import system_errors
 from onward.config import Config
-from onward.errors import ConfigError, VerificationFailed
+from onward.errors import ConfigError, ModelError, OnwardError, VerificationFailed
 from onward.training.model.adapter import add_adapter
 from onward.training.model.adapter_shape import new_adapter_config, require_effect
 from onward.training.model.load import causal_lm, load_base, load_tokenizer
@@ -107,7 +107,11 @@ def _take_out(model: PreTrainedModel, config: Config, base: Path, adapter: Path)
     """Write the adapter that PEFT takes out of a base's weights, and return the rest of the base."""
     shape = new_adapter_config(config, base, model)
     shape.init_lora_weights = cast(Any, config.lora.init)
-    made: PeftModel = add_adapter(model, shape)
+    shape.lora_dropout = 0.0  # it has no part in the initial weights, and experts cannot have it
+    try:
+        made: PeftModel = add_adapter(model, shape)
+    except ModelError as error:
+        raise _unsuitable(config, error, "gaussian") from None
     require_effect(made, config)
     cast(Any, made.peft_config["default"]).init_lora_weights = True  # on the rest of the base it is a plain adapter
     adapter.mkdir(parents=True, exist_ok=True)
@@ -116,7 +120,11 @@ def _take_out(model: PreTrainedModel, config: Config, base: Path, adapter: Path)
     try:
         prove_roundtrip(made, adapter, weights)
     except VerificationFailed as error:
-        what = f"lora.init {config.lora.init} does not work with layers of this model: {error.what}"
-        raise ConfigError(what, where="lora.init", hint="Leave it out, or try pissa.") from None
+        raise _unsuitable(config, error, "pissa") from None
     assert causal_lm(made) is model
     return cast(PreTrainedModel, cast(Any, made).unload())
+
+
+def _unsuitable(config: Config, error: OnwardError, other: str) -> ConfigError:
+    what = f"lora.init {config.lora.init} does not work with layers of this model: {error.what}"
+    return ConfigError(what, where="lora.init", hint=f"Leave it out, or try {other}.")

@@ -262,14 +262,16 @@ def crude_of(model: nn.Module, *, padded: bool) -> Polynomial:
         padded: whether rows are padded: then attention is the model's own, which may keep its scores.
     """
     config: Any = cast(Any, causal_lm(model).config).get_text_config()
-    chosen, heads = getattr(config, "num_experts_per_tok", None), getattr(config, "num_attention_heads", None)
+    chosen, heads, layers = (
+        getattr(config, key, None) for key in ("num_experts_per_tok", "num_attention_heads", "num_hidden_layers")
+    )
     apart = (part for part in model.modules() if not isinstance(part, nn.Embedding))
     shapes = [weight.shape for part in apart for weight in part.parameters(recurse=False)]
     # GPT-2 has linear layers of its own class, and stacked experts are weights of their own
     features = sum(sum(shape) for shape in shapes if len(shape) == 2)
     features += sum((chosen or shape[0]) * sum(shape[1:]) for shape in shapes if len(shape) == 3)
     drops = any(getattr(config, key, None) for key in ("attention_dropout", "attn_pdrop"))
-    scores = heads * config.num_hidden_layers if isinstance(heads, int) and (padded or drops) else 0
+    scores = heads * layers if isinstance(heads, int) and isinstance(layers, int) and (padded or drops) else 0
     return Polynomial(0.0, float(CRUDE * features), float(SCORE * scores))
 
 

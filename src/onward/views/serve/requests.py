@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from onward.data.row_types import Message
+from onward.data.row_types import Message, RowError
+from onward.data.rows.calls import calls_of
 from onward.errors import UsageError
 from onward.text import printable
 from onward.views.chat.sampling import Sampling
@@ -132,7 +133,12 @@ def _message(value: Any, place: int) -> Message:
         content = "".join(_part(part, where) for part in cast(list[Any], content))
     if not isinstance(content, str):
         raise BadRequest(f"the content of {where} is not a text", where)
-    return {**message, "content": content}
+    try:
+        calls = calls_of(message, where, padded=False)
+    except RowError as error:
+        raise BadRequest(f"{error.reason}: {error.remedy}", where) from None
+    others = {key: item for key, item in message.items() if key not in ("tool_calls", "function_call")}
+    return {**others, "content": content, **({"tool_calls": calls} if calls else {})}
 
 
 def _part(part: Any, where: str) -> str:
