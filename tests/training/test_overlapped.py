@@ -23,6 +23,7 @@ from onward.training.state import TrainState, digest_tensors
 from onward.training.transfer import Copied, InPlace, Overlapped, Sizes, equal_marks, fetch_later, in_main_memory
 from onward.training.transfer.fetching import FETCHED
 from onward.training.transfer.layout import Form, Layout
+from onward.training.transfer.staging import stages_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.uint8, torch.bool, torch.float64]
 
@@ -165,6 +166,15 @@ def test_every_tensor_has_a_place_of_its_own(seed: int) -> None:
             assert 0 == each.offset % 64
     kinds = len({(forms[n].device, n < weights, forms[n].dtype) for n in gathered})
     assert sum(len(chunk.segments) for chunk in layout.chunks) < kinds + len(layout.chunks)
+
+
+def test_slots_are_few_and_filled_in_turn() -> None:
+    """However much is gathered, it takes as many slots of the device's memory as allowed; one is copied out while the
+    next is filled."""
+    layout = Layout([Form.of(torch.zeros(64)) for _ in range(5)], 2, Sizes(slot=1, slots=2))
+    slots = [id(stage.slot) for stage in stages_of(layout, None)]
+    assert [slots[0], slots[1]] * 2 + [slots[0]] == slots
+    assert slots[0] != slots[1]
 
 
 def test_the_number_of_launches_does_not_grow_with_that_of_tensors() -> None:
