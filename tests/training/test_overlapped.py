@@ -202,9 +202,12 @@ def test_nothing_is_kept_alive() -> None:
     again = way.copy(weights, rest, copied)
     assert again.memory is copied.memory
     alone = way.copy(weights, [], again)
-    assert alone.memory is not again.memory
+    longer = way.copy(weights, [torch.full((6,), 3.0), torch.ones(())], again)
+    assert again.memory not in (alone.memory, longer.memory)
     again.wait()
     alone.wait()
+    longer.wait()
+    assert [3.0] * 6 == longer.tensors[1].tolist()
     assert [[1.0] * 5, [2.0] * 5, 1.0] == [tensor.tolist() for tensor in again.tensors]
     assert [[1.0] * 5] == [tensor.tolist() for tensor in alone.tensors]
 
