@@ -27,14 +27,19 @@ class Late:
 
     def Stream(self) -> Any:
         class Side:
+            has_waited = False
+
             def wait_stream(self, other: Any) -> None:
                 """What the other computes is done."""
+                self.has_waited = True
 
         return Side()
 
     @contextmanager
     def stream(self, side: Any) -> Iterator[None]:
         late = self
+        assert side.has_waited, "copied before it was computed"
+        side.has_waited = False
 
         class Queued(TorchDispatchMode):
             def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

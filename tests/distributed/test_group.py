@@ -119,19 +119,19 @@ def test_differences_between_ranks_are_named() -> None:
     threads, said = torch.get_num_threads(), list[str]()
     environment = describe_environment(torch.device("cpu"), torch.float32)
     unstated = {key: value for key, value in environment.items() if key != "processor_model"}
-    other = {"torch": "1", "machine": "m"}
+    other = {"torch": "1", "machine": "m", "ranks": "unequal"}
     try:
         for records in ([environment] * 2, [{**unstated, "threads": 3}, environment, {**environment, "threads": 2}]):
             assert [] == equalize([{"environment": record} for record in records], said.append)
         assert min(threads, 2) == torch.get_num_threads()
-        records = [environment, unstated, {**environment, **other}, {**environment, "torch": "2"}]
-        assert ["machine", "torch"] == equalize([{"environment": record} for record in records], said.append)
+        records = [environment, unstated, {**unstated, **other}, {**environment, "torch": "2"}]
+        assert ["machine", "ranks", "torch"] == equalize([{"environment": record} for record in records], said.append)
     finally:
         torch.set_num_threads(threads)
     assert [
         f"the ranks had {', '.join(map(str, sorted({threads, 2, 3})))} threads: all use {min(threads, 2)} now "
         "(OMP_NUM_THREADS)",
-        "the ranks differ in machine, torch: equal bits are not promised, and handovers say so",
+        "the ranks differ in machine, ranks, torch: equal bits are not promised, and handovers say so",
     ] == said
 
 
@@ -150,6 +150,7 @@ def test_who_finds_no_store_says_where_it_looked(listens: bool, monkeypatch: pyt
         with pytest.raises(RankLost, match=r"^the processes cannot find each other: ") as lost:
             form(place, 0.2, print)
     assert f"localhost:{port}" == lost.value.where
+    assert listens or "no answer" not in lost.value.what  # but what the attempt met
 
 
 def wait_for_the_frozen() -> None:

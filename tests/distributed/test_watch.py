@@ -132,8 +132,8 @@ def test_a_process_that_may_hang_ends_by_itself(patience: int, grace: int) -> No
     """Where it waits in PyTorch's own collectives nothing can be raised: once another rank is lost, it has some time
     to end, and no rank is lost too early."""
     scene, lost = Scene(3, float(patience)), list[RankLost]()
-    for watch in scene.watches[:2]:
-        watch.on_loss = lost.append
+    scene.watches[0].on_loss = lost.append
+    scene.watches[1].on_loss = lambda _: pytest.fail("it waits nowhere without looking")
     scene.watches[0].may_hang = True
     scene.pass_seconds(1 + patience, [0, 1])
     scene.watches[0].check()
@@ -239,3 +239,5 @@ def test_a_stop_asked_of_any_rank_reaches_rank_0() -> None:
         scene.watches[1].check()
     with pytest.raises(Released):
         scene.watches[1].blame(RuntimeError("Connection reset"))
+    with pytest.raises(Released):
+        scene.watches[1].explain(RankLost("rank 1 failed: Connection reset"))

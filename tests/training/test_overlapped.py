@@ -23,6 +23,7 @@ from onward.training.state import TrainState, digest_tensors
 from onward.training.transfer import Copied, InPlace, Overlapped, Sizes, equal_marks, fetch_later, in_main_memory
 from onward.training.transfer.fetching import FETCHED
 from onward.training.transfer.layout import Form, Layout
+from onward.training.transfer.staging import stages_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.uint8, torch.bool, torch.float64]
 
@@ -167,6 +168,15 @@ def test_every_tensor_has_a_place_of_its_own(seed: int) -> None:
     assert sum(len(chunk.segments) for chunk in layout.chunks) < kinds + len(layout.chunks)
 
 
+def test_slots_are_few_and_filled_in_turn() -> None:
+    """However much is gathered, it takes as many slots of the device's memory as allowed; one is copied out while the
+    next is filled."""
+    layout = Layout([Form.of(torch.zeros(64)) for _ in range(5)], 2, Sizes(slot=1, slots=2))
+    slots = [id(stage.slot) for stage in stages_of(layout, None)]
+    assert [slots[0], slots[1]] * 2 + [slots[0]] == slots
+    assert slots[0] != slots[1]
+
+
 def test_the_number_of_launches_does_not_grow_with_that_of_tensors() -> None:
     """Ten times as many small tensors take as many operations, to copy and to mark."""
     counts = set[int]()
@@ -192,9 +202,12 @@ def test_nothing_is_kept_alive() -> None:
     again = way.copy(weights, rest, copied)
     assert again.memory is copied.memory
     alone = way.copy(weights, [], again)
-    assert alone.memory is not again.memory
+    longer = way.copy(weights, [torch.full((6,), 3.0), torch.ones(())], again)
+    assert again.memory not in (alone.memory, longer.memory)
     again.wait()
     alone.wait()
+    longer.wait()
+    assert [3.0] * 6 == longer.tensors[1].tolist()
     assert [[1.0] * 5, [2.0] * 5, 1.0] == [tensor.tolist() for tensor in again.tensors]
     assert [[1.0] * 5] == [tensor.tolist() for tensor in alone.tensors]
 
@@ -208,25 +221,23 @@ def test_a_digest_of_what_lies_elsewhere_is_that_of_main_memory() -> None:
 
 
 def test_what_lies_elsewhere_is_fetched_in_pieces() -> None:
-    """Tensors are asked for one after another and held back up to a size; what is in main memory is not held back."""
+    """Tensors are asked for one after another and held back up to a size; what is in main memory is held back only by
+    what comes before it, and not copied."""
     asked: list[str] = []
     half = torch.zeros(FETCHED // 2, dtype=torch.uint8)
-    here = torch.empty(FETCHED, dtype=torch.uint8, device="meta")  # not to be fetched, however large
-    tensors = {"0": half, "1": half[:-1], "2": half[:1], "3": half[:-1]}
-    tensors |= {"4": half.view(torch.int16).view(2, -1), "5": half[:1]}
+    here = torch.empty(2, FETCHED, dtype=torch.uint8, device="meta").t()  # not to be fetched, however large
+    tensors = {"0": half, "1": here, "2": half[:-1], "3": half[:1], "4": half[:-1]}
+    tensors |= {"5": half.view(torch.int16).view(2, -1), "6": half[:1], "7": here, "8": here}
 
     def ask() -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in tensors.items():
             asked.append(name)
             yield name, tensor
-        for name in ("6", "7"):
-            asked.append(name)
-            yield name, here
 
     fetched = in_main_memory(ask(), home="meta")
-    steps = [(name, asked[-1], tensor.shape) for name, tensor in fetched]
-    shapes = {**{name: tensor.shape for name, tensor in tensors.items()}, "6": here.shape, "7": here.shape}
-    assert [(name, last, shapes[name]) for name, last in zip("01234567", "22255567", strict=True)] == steps
+    steps = [(name, asked[-1], tensor.shape, tensor.is_contiguous()) for name, tensor in fetched]
+    expected = zip("012345678", "333366678", strict=True)
+    assert [(name, last, tensors[name].shape, True) for name, last in expected] == steps
 
 
 def test_what_is_fetched_later_is_as_it_was() -> None:

@@ -12,7 +12,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -73,15 +73,23 @@ def follow(
     group.watch.asked = lambda: stop.reason if stop.wants_end else None
     group.watch.on_loss = partial(_end_process, group.watch, report)
     try:
-        Follower(layout, group).follow()
+        with _explained(group.watch, report):
+            Follower(layout, group).follow()
     except Released:
         group.is_broken = True
-    except RankLost as error:
-        explained = group.watch.explain(error)
-        _say_loss(group.watch, report, explained)
-        raise explained from None
     finally:
         group.end()
+
+
+@contextlib.contextmanager
+def _explained(watch: Watch, report: Callable[[str], None]) -> Generator[None]:
+    """Raise the loss of a rank in the words of the rank that knows why, unless rank 0 has ended and that was all."""
+    try:
+        yield
+    except RankLost as error:
+        explained = watch.explain(error)
+        _say_loss(watch, report, explained)
+        raise explained from None
 
 
 def _say_loss(watch: Watch, report: Callable[[str], None], error: RankLost) -> None:

@@ -126,9 +126,8 @@ def equalize(found: Sequence[Mapping[str, Any]], report: Callable[[str], None]) 
         {
             key
             for record in records
-            if not same_environment(record, records[0])
             for key in record.keys() | records[0].keys()
-            if record.get(key) != records[0].get(key)
+            if not same_environment(*({key: each[key]} if key in each else {} for each in (record, records[0])))
         }
     )
     if unequal:

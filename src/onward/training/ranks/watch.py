@@ -100,8 +100,6 @@ class Watch:
             Released: rank 0 has ended, and closed its connections.
         """
         self._wait_for_gone()
-        if self._is_released and self._problem is None:
-            raise Released
         return self._lost(self._problem or f"the connection to another rank broke: {first_line(error)}")
 
     def explain(self, error: RankLost) -> RankLost:
@@ -109,6 +107,9 @@ class Watch:
         does.
 
         A rank that fails while all compute together breaks the connections of the others only when it ends.
+
+        Raises:
+            Released: rank 0 has ended, and closed its connections.
         """
         self._wait_for_gone()
         return self._lost(self._problem or self._find(error.what))
@@ -121,6 +122,8 @@ class Watch:
                 self.misses_first = 0 in gone
                 self._find(f"{self._list(gone)} is gone: it was killed or died")
             time.sleep(BEAT / 5)
+        if self._is_released and self._problem is None:
+            raise Released
 
     def _find(self, problem: str) -> str:
         """Keep what ends the group, tell the others, and return it."""
@@ -156,13 +159,14 @@ class Watch:
         if silent and self._problem is None:
             self.misses_first = 0 in silent
             self._find(f"{self._list(silent)} has shown no sign of life for {self._patience:.0f} s")
+        is_released = self._rank != 0 and self._store.check([_RELEASED])  # read first: rank 0 says why before it ends
         if self._problem is None and self._store.check([_LOST]):
             self._problem = self._store.get(_LOST).decode()
         if self._rank == 0:
             self._pass_stop_on()
         else:
             self._ask_for_stop()
-            self._is_released = self._is_released or self._store.check([_RELEASED])
+            self._is_released = self._is_released or is_released
         self._end_in_time()
 
     def _run(self) -> None:

@@ -49,16 +49,20 @@ def in_main_memory(tensors: Iterable[Named], home: str = "cpu") -> Iterator[Name
         waiting.append((name, tensor.detach()))
         size += 0 if is_home else tensor.numel() * tensor.element_size()
         if size >= FETCHED:
-            yield from _fetched(waiting)
+            yield from _fetched(waiting, home)
             waiting, size = [], 0
-    yield from _fetched(waiting)
+    yield from _fetched(waiting, home)
 
 
-def _fetched(waiting: list[Named]) -> Iterator[Named]:
-    """Yield copies of tensors, made with one copy per device and type."""
+def _fetched(waiting: list[Named], home: str) -> Iterator[Named]:
+    """Yield copies of tensors that are not at home, made with one copy per device and type, in turn with the others."""
     alike: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for _, tensor in waiting:
-        alike.setdefault((tensor.device, tensor.dtype), []).append(tensor.reshape(-1))
+        if tensor.device.type != home:
+            alike.setdefault((tensor.device, tensor.dtype), []).append(tensor.reshape(-1))
     parts = {kind: iter(torch.cat(flat).cpu().split([len(each) for each in flat])) for kind, flat in alike.items()}
     for name, tensor in waiting:
-        yield name, next(parts[tensor.device, tensor.dtype]).view(tensor.shape)
+        if tensor.device.type == home:
+            yield name, tensor.contiguous()
+        else:
+            yield name, next(parts[tensor.device, tensor.dtype]).view(tensor.shape)
