@@ -40,7 +40,7 @@ USER 1000:1000
 STOPSIGNAL SIGTERM
 # It is healthy while `status` can be read and says neither that the run failed nor that a step hangs.
 HEALTHCHECK --interval=60s --timeout=30s --start-period=120s --retries=3 \
-    CMD ["python", "-c", "import json, subprocess, sys; status = json.loads(subprocess.check_output(['onward', 'status', '--json'])); sys.exit(status['state'] == 'failed' or status['problem'] is not None)"]
+    CMD ["python", "-c", "import json, subprocess, sys; status = json.loads(subprocess.check_output(['onward', 'status', '--json'])); sys.exit(status['state'] == 'failed' or status['hangs'])"]
 ENTRYPOINT ["onward"]
 CMD ["watch"]
 

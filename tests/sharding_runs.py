@@ -30,6 +30,7 @@ from onward.ranks import place_here
 from onward.training.checkpoints.checkpoint import Contents, Facts, Manifest, inspect_checkpoint
 from onward.training.device.execution import Execution
 from onward.training.layers.recompute import Recomputation
+from onward.training.layers.rope import EVERY_LENGTH
 from onward.training.measuring.handover import measure
 from onward.training.measuring.probe import Probe, Probed
 from onward.training.model.load import build_model
@@ -324,6 +325,7 @@ def train_beside_shards(folder: Path, steps: int, target: Path) -> None:
     sharded = ShardedModel(model, mesh)
     assert all(isinstance(weight, DTensor) != weight.requires_grad for weight in model.parameters())
     state = TrainState.start(model, config)
+    assert EVERY_LENGTH == loss_in_shards(sharded, CPU, torch.float32, by_length=True).layout.angles
     loss_of = loss_in_shards(sharded, CPU, torch.float32)
     exchange = WholeExchange(state.parameters, mesh.get_group())
     in_shards = InShards[Part](sharded, exchange, loss_of)

@@ -149,6 +149,9 @@ def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
         assert_refused(onward("init", tmp_path / "new", "--model", tmp_path / name), 2, str(tmp_path / name), *words)
         assert not (tmp_path / "new").exists()
     assert_refused(onward("init", tmp_path / "new", "--model", ""), 2, "the model has no name", "smollm2-135m")
+    for option in ("--model", "--adapter", "--set=chat_template"):  # no such user
+        words = [f"{option}=~nobody-there/x"] if "=" in option else [option, "~nobody-there/x"]
+        assert_refused(onward("init", tmp_path / "new", *words), 2, "~nobody-there/x")
     both = onward("init", tmp_path / "new", "--model", "a", "--set", "model=b")
     assert_refused(both, 2, "the model is given twice", "Give it once")
 

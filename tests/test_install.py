@@ -20,6 +20,7 @@ from commands import onward_process
 from processes import apart
 from runs import new_run
 
+from onward.service.lock import RunLock
 from onward.startup import require_platform
 from onward.store.ledger import Ledger
 
@@ -71,7 +72,7 @@ def test_volumes_are_mounted_where_the_user_may_write() -> None:
 
 
 def test_the_health_check_is_that_of_status(run: Path) -> None:
-    """Its command ends with 0 for a run that is well, and with 1 for one that failed."""
+    """Its command ends with 0 for a run that is well or paused, and with 1 for one that failed or hangs."""
     (words,) = [words for name, words in instructions() if name == "HEALTHCHECK"]
     command = json.loads(words.partition("CMD")[2])
     script = command[2].replace("['onward', ", f"[{sys.executable!r}, '-m', 'onward', ")
@@ -84,13 +85,19 @@ def test_the_health_check_is_that_of_status(run: Path) -> None:
         return subprocess.run([sys.executable, "-c", script], env=environment, check=False).returncode
 
     assert 0 == health()
+    silent = {"at": 0.0, "quiet": 0.0, "hangs": False, "pid": 1}
     with Ledger(run / "ledger.sqlite3") as ledger:
-        before = ledger.get("state")
-        ledger.put(state="failed", problem="the disk is gone")
+        before = {key: ledger.get(key) for key in ("state", "problem", "heartbeat")}
         try:
+            ledger.put(state="paused", problem="paused by an operator")
+            assert 0 == health()
+            ledger.put(state="failed", problem="the disk is gone")
             assert 1 == health()
+            ledger.put(state="training", problem=None, heartbeat=silent)
+            with RunLock(run / ".lock"):
+                assert 1 == health()
         finally:
-            ledger.put(state=before, problem=None)
+            ledger.put(**before)
 
 
 def test_the_wheel_of_what_the_image_copies_runs(tmp_path: Path) -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ledgers import add_file, made_up_run
 
+from onward import status
 from onward.errors import UsageError
 from onward.layout import RunLayout
 from onward.service.lock import RunLock
 from onward.service.shown import BUSY, DOING
-from onward.status import PACE, read_grid, read_history, read_status, recent_events
+from onward.status import FULL, PACE, read_grid, read_history, read_status, recent_events
 from onward.store.ledger import Ledger
 from onward.store.metrics import Metrics
 from onward.store.rows import StepRecord
@@ -59,6 +63,26 @@ def owned(layout: RunLayout, *, held: bool, **facts: Any) -> Iterator[None]:
         yield
 
 
+@pytest.mark.parametrize(
+    ("held", "free", "may_write", "state", "problem"),
+    [
+        (True, FULL - 1, True, "paused", "the disk is full: 1.0 MB free"),
+        (True, FULL, False, "paused", "a quota is used up"), (True, FULL, True, "training", "the current step hangs"),
+        (False, FULL - 1, False, "stopped", "the process that owned the run died"),
+    ],
+)  # fmt: skip
+def test_a_disk_without_room_pauses_the_process_that_is_there(
+    held: bool, free: int, may_write: bool, state: str, problem: str, layout: RunLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot even record that it waits; a process that hangs although it may write does not wait for room."""
+    monkeypatch.setattr(status.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setattr(status, "can_be_written", lambda *_: may_write)
+    beat = {"at": time.time() + 100.0, "quiet": 0.0, "hangs": True, "pid": os.getpid()}
+    with owned(layout, held=held, state="training", heartbeat=beat):
+        found = read_status(layout)
+    assert (state, True) == (found["state"], found["problem"].startswith(problem))
+
+
 @pytest.mark.parametrize("state", [state for state in BUSY if state != "loading"])
 def test_while_a_process_works_the_figures_are_those_of_the_newest_steps(layout: RunLayout, state: str) -> None:
     """The pace is that of the last steps only, and the time left is that of the steps that are left, at that pace."""
@@ -71,7 +95,7 @@ def test_while_a_process_works_the_figures_are_those_of_the_newest_steps(layout:
         "file_step": TAKEN, "file_steps": PLANNED, "lost_tokens": 7, "queue": 1, "learning_rate": 33 * 1e-4,
         "loss": 1 / 33, "tokens_per_second": sum(10 * step for step in last) / took,
         "eta_seconds": (PLANNED - TAKEN) * took / PACE, "checkpoint": "checkpoint-15", "heartbeat_seconds": None,
-        "problem": None,
+        "hangs": False, "problem": None,
     } == {key: value for key, value in found.items() if key != "disk_free_bytes"}  # fmt: skip
 
 

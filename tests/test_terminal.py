@@ -6,9 +6,13 @@ import io
 import json
 import os
 import pty
+import select
 import shlex
+import socket
 import subprocess
 import sys
+import termios
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -153,6 +157,62 @@ def test_nobody_reads_and_training_goes_on(redirection: str, program: Path, mode
     words = shlex.join([str(program), "verify", "--run", str(run)])
     done = subprocess.run(["bash", "-c", f"{words} {redirection}"], env=ENVIRONMENT, capture_output=True, check=False)
     assert 5 == done.returncode
+
+
+UNREAD = """
+import sys
+from onward import terminal
+
+terminal.PATIENCE = 0.0
+terminal.open_standard_streams()
+for number in range(5000):
+    terminal.say(f"line {number} {'x' * 60}")
+print("all said", flush=True)
+sys.stdin.readline()
+terminal.say("the end")
+"""
+"""Says more than any reader's buffer takes, and something more when told to."""
+
+
+def readers() -> dict[str, Callable[[], tuple[int, int]]]:
+    """Return ways to make a stream: the descriptors of its reader and of its writer."""
+
+    def stopped() -> tuple[int, int]:
+        master, slave = pty.openpty()
+        termios.tcflow(slave, termios.TCOOFF)  # as Ctrl-S does
+        return master, slave
+
+    def socket_pair() -> tuple[int, int]:
+        reader, writer = socket.socketpair()
+        return reader.detach(), writer.detach()
+
+    return {"pipe": os.pipe, "terminal": pty.openpty, "stopped terminal": stopped, "socket": socket_pair}
+
+
+@pytest.mark.parametrize("kind", readers())
+def test_a_reader_who_stops_reading_holds_up_nothing(kind: str) -> None:
+    """A pager at its first page, Ctrl-S, a stuck log: what does not fit is lost, and what comes after it arrives.
+
+    The stream's mode, which it shares with the shell, stays.
+    """
+    reader, writer = readers()[kind]()
+    with subprocess.Popen(
+        [sys.executable, "-c", UNREAD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=writer, env=ENVIRONMENT
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert b"all said\n" == process.stdout.readline()
+        assert os.get_blocking(writer)
+        if kind == "stopped terminal":
+            termios.tcflow(writer, termios.TCOON)
+        while select.select([reader], [], [], 0.0)[0]:
+            assert b"the end" not in os.read(reader, 65536)
+        process.stdin.close()
+        read = b""
+        while not read.rstrip().endswith(b"the end"):
+            read += os.read(reader, 65536)
+    os.close(reader)
+    os.close(writer)
 
 
 def test_a_result_that_cannot_be_written_is_a_failure(tmp_path: Path) -> None:

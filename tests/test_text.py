@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onward.text import how_many, printable, quoted
+from onward.text import duration, how_many, printable, quoted, size
 
 ORDINARY = "Grüße, 日本語\u3000\u00a0\U0001f468\u200d\U0001f469 \\n 'x' $HOME"
 
@@ -66,3 +66,22 @@ def test_a_shell_reads_every_quoted_name_back(names: list[str]) -> None:
 def test_one_of_something_takes_no_s() -> None:
     """Zero and two do."""
     assert ["0 rows", "1 row", "2 rows"] == [how_many(count, "row") for count in range(3)]
+
+
+def test_durations_have_their_two_largest_units() -> None:
+    """Rounded to seconds first, so that no minute has 60 of them."""
+    day = 86_400.0
+    expected = {
+        0.4: "0 s", 59.4: "59 s", 59.6: "1 min 0 s", 3599.0: "59 min 59 s", 3600.0: "1 h 0 min",
+        day - 1: "23 h 59 min", day: "1 d 0 h", 2 * day - 1: "1 d 23 h", 400 * day: "400 d 0 h",
+    }  # fmt: skip
+    assert expected == {seconds: duration(seconds) for seconds in expected}
+
+
+def test_sizes_have_at_most_three_digits() -> None:
+    """A number that would round to a fourth one gets the next unit, as long as there is one."""
+    expected = {
+        0: "0 B", 999: "999 B", 999.5: "1.0 kB", 1000: "1.0 kB", 99_949: "99.9 kB", 99_950: "100 kB",
+        150_000_000: "150 MB", 999_499_999: "999 MB", 999_500_000: "1.0 GB", 5 * 10**15: "5000 TB",
+    }  # fmt: skip
+    assert expected == {count: size(count) for count in expected}

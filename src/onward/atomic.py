@@ -193,11 +193,18 @@ def link_tree(source: Path, target: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory if it exists."""
+    """Remove a directory if it exists.
+
+    Raises:
+        OSError: it cannot be removed; the error names it, and not only an entry of it.
+    """
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():
-        shutil.rmtree(path)
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def remove_temporaries(found: Iterable[Path], is_own: Callable[[Path], bool]) -> None:

@@ -121,6 +121,10 @@ class RankLost(DeviceLost):
     """One of several processes that train together is gone or shows no sign of life; the others end too."""
 
 
+class Outdated(DeviceLost):
+    """A newer release has changed the ledger under this process: only a new process can continue."""
+
+
 class NoSpace(OnwardError):
     """The disk has no room for the next checkpoint."""
 

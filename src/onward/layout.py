@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 from dataclasses import dataclass
@@ -25,6 +26,11 @@ _LEFT = (
 """Temporary names of unfinished writes of a new ledger and of state, by folder of the run."""
 _KEPT = re.compile(r"(?:archive|rejected)/([^/\0]+)")
 _DROPPED = re.compile(r"(?:(?:high|low)/)?([^/\0]+)")
+
+
+def typed_path(text: str) -> Path:
+    """Return the path that a person typed: `~` and `~name` are home directories, if there are such users."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111  # the method of Path refuses unknown ones
 
 
 def step_of(directory: Path) -> int:

@@ -13,10 +13,11 @@ from onward.layout import RunLayout
 from onward.library.making import create, defaults_of_torch, open_ledger, place_for_run
 from onward.library.owning import Loading, Owning, PathLike, Report, silent
 from onward.service import client
-from onward.service.intake.inbox import require_priority
+from onward.service.intake.inbox import STUCK, require_priority
 from onward.service.outside.reporting import NewNotes
 from onward.service.owner.process import account, operate, require_kept
 from onward.service.wishes import Wish, Wishes
+from onward.text import storable
 
 if TYPE_CHECKING:
     from onward.service.proof.verify import Proof
@@ -168,7 +169,7 @@ class Run(Owning):
             observe, stop, report: as for `train`.
 
         Returns:
-            How many files were refused or quarantined while it ran.
+            How many files were refused or quarantined while it ran, or are left in the inbox.
 
         Raises:
             RunLocked: another process owns the run.
@@ -183,7 +184,7 @@ class Run(Owning):
                 operate(opened, wishes, observe, reporter, watch=True) as daemon,
             ):
                 daemon.run(once=once)
-            return opened.ledger.count_events(seen, ("rejected", "quarantined"))
+            return opened.ledger.count_events(seen, ("rejected", "quarantined")) + len(opened.ledger.get(STUCK, {}))
 
     def check_arrived(self, *, stop: Wishes | None = None) -> None:
         """Check the rows of files that arrived while another process trains; end when that process does."""
@@ -199,6 +200,7 @@ class Run(Owning):
         Raises:
             UsageError: no such file waits, or no file is being trained.
         """
+        reason = None if reason is None else storable(reason)
         with self._ledger_to_change() as ledger:
             row = client.find_removable(self.layout, ledger, file)
             answer = client.ask_owner(self.layout, ledger, patience, Wish("skip", reason, row.id))

@@ -8,7 +8,7 @@ from typing import Any
 
 from onward.atomic import can_be_written
 from onward.layout import RunLayout
-from onward.service.holder import is_held, read_heartbeat
+from onward.service.holder import beat_of, is_held, read_heartbeat, read_holder
 from onward.service.knowledge.table import read_table
 from onward.service.shown import BUSY, DOING
 from onward.store.database import Values
@@ -31,19 +31,21 @@ def read_status(layout: RunLayout) -> dict[str, Any]:
 
     `doing` says in words what `state` means here. `problem` is what keeps the run from continuing, or None.
     `lost_tokens` counts the tokens of the file in training that were cut off or left out for length.
-    `heartbeat_seconds` is the age of the owner's last sign of life; None if no process owns the run.
+    `heartbeat_seconds` is the age of the owner's last sign of life; None if there is no owner, or it gave none yet.
+    `hangs` says whether that is long ago, or its step takes far longer than the last one.
     `tokens_per_second` and `eta_seconds` (to the end of the file) are averages of the last steps; None when idle.
     """
     layout.require()
     with look_into(layout.ledger) as ledger:
         held = is_held(layout.lock)
         state, problem = _state(ledger, held=held)
-        age, stuck = read_heartbeat(ledger.get("heartbeat") if held else None, time.time())
-        free = shutil.disk_usage(layout.root).free
+        beat = beat_of(read_holder(layout.lock), ledger.get("heartbeat")) if held else None
+        age, stuck = read_heartbeat(beat, time.time())
+        hangs, free = stuck is not None, shutil.disk_usage(layout.root).free
         if held and free < FULL:  # its owner waits, and cannot even record that in the ledger
-            state, stuck = "paused", f"the disk is full: {free / 1e6:.1f} MB free"
+            state, stuck, hangs = "paused", f"the disk is full: {free / 1e6:.1f} MB free", False
         elif held and stuck and not can_be_written(layout.root, FULL):
-            state, stuck = "paused", "a quota is used up: nothing can be written, not even the ledger"
+            state, stuck, hangs = "paused", "a quota is used up: nothing can be written, not even the ledger", False
         checkpoint = ledger.newest_checkpoint()
         current = next(reversed(ledger.files("training")), None)  # an earlier one's boundary is being committed
         committed = checkpoint.step if checkpoint else 0
@@ -66,6 +68,7 @@ def read_status(layout: RunLayout) -> dict[str, Any]:
             "checkpoint": f"checkpoint-{checkpoint.step}" if checkpoint else None,
             "disk_free_bytes": free,
             "heartbeat_seconds": age,
+            "hangs": hangs,
             "problem": stuck or problem,
         }
 

@@ -1,4 +1,4 @@
-"""Printing for people: a stream that is closed, on a full disk or read by nobody never ends a command's work."""
+"""Printing for people: a stream that is closed, on a full disk or read by nobody never holds up a command's work."""
 
 from __future__ import annotations
 
@@ -6,14 +6,22 @@ import contextlib
 import errno
 import io
 import os
+import select
+import stat
 import sys
 from collections.abc import Callable, Generator
-from typing import IO, TextIO, cast
+from typing import IO, TYPE_CHECKING, TextIO, cast
 
 from onward.errors import printable_lines
 
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
 GONE = (errno.EPIPE, errno.EBADF, errno.EIO)
 """Errors of a stream that nobody will ever read again."""
+
+PATIENCE = 2.0
+"""Seconds that messages wait for a reader who takes no more: a terminal stopped by Ctrl-S, a pager, a stuck log."""
 
 BRACKETS = ("\u27e6", "\u27e7")
 """Mathematical white brackets, which are rare in texts."""
@@ -22,7 +30,7 @@ UNDERLINED, PLAIN = "\x1b[4;32m", "\x1b[0m"
 
 
 def open_standard_streams() -> None:
-    """Point standard streams that were closed at the null device.
+    """Point standard streams that were closed at the null device, and let no character that they cannot code fail.
 
     Otherwise the next file opened, such as the ledger, would get the number of the closed stream, and whatever prints
     to that stream would write into the file.
@@ -38,6 +46,49 @@ def open_standard_streams() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115  # open as long as the process
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # printing a name that the terminal cannot show must not fail
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # whatever takes such a text refuses it in words
+    if type(sys.stderr) is io.TextIOWrapper and sys.stderr.fileno() == 2 and _may_block(2):
+        raw = io.BufferedWriter(_Unblocked(_own_description(2)))
+        sys.stderr = io.TextIOWrapper(raw, sys.stderr.encoding, "backslashreplace", newline="\n", line_buffering=True)
+
+
+class _Unblocked(io.FileIO):
+    """The file under a stream for people: what its reader does not take in time is lost."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self._patience = PATIENCE
+        self._is_ready = select.poll()
+        self._is_ready.register(self, select.POLLOUT)
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        """Write what fits at once, or drop everything; only the first wait for a reader takes time."""
+        whole = memoryview(data)
+        if self._is_ready.poll(1000 * self._patience):
+            self._patience = PATIENCE
+            written = super().write(whole[: select.PIPE_BUF])
+            if written is not None:
+                return written
+        self._patience = 0.0
+        return len(whole)
+
+
+def _may_block(descriptor: int) -> bool:
+    mode = os.fstat(descriptor).st_mode
+    return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) or stat.S_ISSOCK(mode)
+
+
+def _own_description(descriptor: int) -> int:
+    """Return a descriptor of the same pipe or terminal whose writes never wait.
+
+    The mode of the given one is shared with other processes, such as the shell. Where the system does not allow it, as
+    for a socket, the given one is returned: it is written to only while it is ready.
+    """
+    try:
+        return os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        return descriptor
 
 
 def say(message: str) -> None:

@@ -19,6 +19,11 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(map(_shown, text))
 
 
+def storable(text: str) -> str:
+    """Return `text` with an escape for what no ledger and no file in UTF-8 can hold: a surrogate, from other bytes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def quoted(word: object) -> str:
     """Return `word`, a path or another text, as one word of a shell command that is safe to print and to paste.
 

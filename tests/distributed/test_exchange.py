@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,15 @@ from ranks import call_on_ranks
 from torch import nn
 
 from onward.ranks import place_here
-from onward.training.ranks.exchange import Exchange, InAnyOrder, InOrder, InTurn, buckets_of
+from onward.training.ranks.exchange import Exchange, InAnyOrder, InOrder, InTurn, buckets_of, exchange_of
 from onward.training.ranks.forming import form
 
-SHAPES = ((3, 5), (7,), (1,), (2, 2), (11,))
-DTYPES = (torch.float32, torch.float32, torch.float64, torch.float32, torch.float32)
-SHARES = ((0, 1), (2,), (3, 4, 5), (6,), (7,))
+SHAPES = ((3, 5), (7,), (2, 2), (1,), (11,))
+DTYPES = (torch.float32, torch.float32, torch.float32, torch.float64, torch.float32)
+SHARES = ((0, 1), (2,), (3, 4, 5), (6, 7), (8,))
 """Parts of five shares: more than ranks, and no multiple of their number."""
-LOST = {(1, 2), (0, 3), (2, 1), *((share, 4) for share in range(5))}
-"""Shares and weights that they do not reach; the last weight is reached by none."""
+LOST = {(1, 2), (0, 3), *((share, 1) for share in (2, 3, 4)), *((share, 4) for share in range(5))}
+"""Shares and weights that they do not reach: one weight is reached by the first shares alone, the last one by none."""
 
 
 def weights() -> list[nn.Parameter]:
@@ -57,6 +58,21 @@ def total(exchange: Exchange, shares: Sequence[Sequence[int]] = SHARES) -> list[
     return [loss, *(weight.grad for weight in own)]
 
 
+def met(exchange: Exchange, rank: int) -> str:
+    """Return the error of a step in which rank 1 fails, as a rank meets it."""
+
+    def compute(parts: Sequence[int]) -> torch.Tensor:
+        if rank == 1:
+            raise ValueError(f"part {parts[0]} failed")
+        return torch.zeros(())
+
+    try:
+        exchange.total(SHARES, compute, weights())
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return ""
+
+
 def bits(found: Sequence[torch.Tensor | None]) -> list[Any]:
     """Return tensors as integers, so that zeros of either sign differ."""
     return [None if each is None else each.reshape(-1).view(torch.uint8).tolist() for each in found]
@@ -67,25 +83,33 @@ def compare(folder: Path) -> None:
     place = place_here()
     assert place is not None
     group = form(place, 60.0, print)
+    exact, fast = exchange_of(group, "exact"), exchange_of(group, "fast")
+    assert (InOrder, InAnyOrder) == (type(exact), type(fast))
     for bucket in (1 << 24, 4, 10):
         torch.save(bits(total(InOrder(group, bucket))), folder / f"exact-{bucket}-{place.rank}")
-    torch.save(bits(total(InOrder(group), SHARES[:1])), folder / f"first-{place.rank}")
-    torch.save(total(InAnyOrder(group)), folder / f"fast-{place.rank}")
+    torch.save(bits(total(exact, SHARES[:1])), folder / f"first-{place.rank}")
+    torch.save([total(fast, some) for some in (SHARES, SHARES[:1])], folder / f"fast-{place.rank}")
+    failed = [met(exchange, place.rank) for exchange in (exact, fast)]
+    torch.save(failed, folder / f"failed-{place.rank}")
     group.end()
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_the_sum_does_not_know_the_number_of_ranks(size: int, tmp_path: Path) -> None:
-    """Loss and gradients of any number of ranks are those of one, bit for bit, also in small buckets."""
+    """Loss and gradients of any number of ranks are those of one, bit for bit, also in small buckets; `fast` ones are
+    close. An error of one rank reaches all."""
     assert [0] * size == call_on_ranks(compare, size, tmp_path)
-    expected, first, near = bits(total(InTurn())), bits(total(InTurn(), SHARES[:1])), total(InTurn())
+    near = [total(InTurn(), some) for some in (SHARES, SHARES[:1])]
+    expected, first = map(bits, near)
     for rank in range(size):
         for bucket in (1 << 24, 4, 10):
             assert expected == torch.load(tmp_path / f"exact-{bucket}-{rank}"), (rank, bucket)
         assert first == torch.load(tmp_path / f"first-{rank}")
         fast = torch.load(tmp_path / f"fast-{rank}")
-        for here, there in zip(near, fast, strict=True):
+        for here, there in zip(chain(*near), chain(*fast), strict=True):
             torch.testing.assert_close(torch.zeros_like(there) if here is None else here, there, rtol=1e-4, atol=1e-2)
+        words = ["part 2 failed" if rank == 1 else "rank 1: ValueError: part 2 failed"]
+        assert words * 2 == torch.load(tmp_path / f"failed-{rank}")
 
 
 def test_one_process_adds_share_by_share() -> None:

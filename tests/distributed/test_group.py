@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def talk(folder: Path) -> None:
         torch.set_num_threads(2)
     said: list[str] = []
     group = form(place, 60.0, said.append)
+    assert "onward-ranks" in {thread.name for thread in threading.enumerate()}  # which shows signs of life
     heard: dict[str, Any] = {"any": [group.any(place.rank == 1), group.any(False)], "said": said}
     heard["threads"], heard["uniform"] = torch.get_num_threads(), group.is_uniform
     heard["shared"] = group.share({"rank": place.rank, "text": "x" * place.rank})

@@ -136,9 +136,9 @@ def test_shares_have_about_as_many_tokens() -> None:
     assert [[0, 6, 7], [1, 4, 5], [2, 3]] == [share.lines for share in shares]
 
 
-@pytest.mark.parametrize("cut", ["auto", 1, 4, 16])
-def test_parts_of_shares(cut: object) -> None:
-    """Parts are those of a share, cut as a step is; one share is the step as it was."""
+@pytest.mark.parametrize(("cut", "counts"), [("auto", (6, 6)), (1, (4, 1)), (4, (4, 4)), (16, (8, 8))])
+def test_parts_of_shares(cut: object, counts: tuple[int, int]) -> None:
+    """Parts are those of a share, cut as a step is, into as many as asked for; one share is the step as it was."""
     rows = batch([7, 30, 20, 12, 5, 9, 31, 8])
     config = Config.model_validate({"gradient_accumulation": cut, "micro_batch_tokens": 32, "parts": 4})
     parts = parts_of(rows, config, 5)
@@ -148,6 +148,7 @@ def test_parts_of_shares(cut: object) -> None:
     whole = parts_of(rows, config.model_copy(update={"parts": 1}), 5)
     assert {0} == {part.share for part in whole}
     assert list(range(len(rows))) == [place for part in whole for place in part.batch.lines]
+    assert counts == (len(parts), len(whole))
     assert config.most_parts >= len(parts)
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import tiny
 from runs import new_run
+from users import with_mounts
 
 from onward.layout import RunLayout
 from onward.service.intake.arrivals import Arrivals
 from onward.service.intake.budget import Spending
-from onward.service.intake.inbox import Inbox
+from onward.service.intake.inbox import STUCK, Inbox
 from onward.service.state.retention import DAY, Retention
 from onward.store.ledger import Ledger, make_ledger
 
@@ -136,7 +137,8 @@ def test_order_is_priority_then_first_sight_then_name(inbox: Inbox, clocks: Cloc
 def test_other_directories_are_named_and_left(inbox: Inbox) -> None:
     """A directory without a priority is not looked into; an inbox that is gone is an error of the system."""
     write(inbox.folder / "other" / "a.jsonl")
-    assert ([], ["other"]) == (inbox.scan().settled, inbox.scan().strange)
+    (inbox.folder / "high" / "deep").mkdir(parents=True)
+    assert ([], ["other", "high/deep"]) == (inbox.scan().settled, inbox.scan().strange)
     inbox.folder.rename(inbox.folder.with_name("away"))
     with pytest.raises(FileNotFoundError):
         inbox.scan()
@@ -258,6 +260,61 @@ def test_an_inbox_that_cannot_be_emptied_takes_nothing(layout: RunLayout, monkey
         move_in(layout, path)
     with Ledger(layout.ledger) as ledger:
         assert 0 == ledger.queued()
+
+
+def stuck(layout: RunLayout) -> list[str]:
+    """Return the files that could not be taken out of the inbox, as the ledger names them."""
+    with Ledger(layout.ledger) as ledger:
+        return sorted(ledger.get(STUCK, {}))
+
+
+def test_an_inbox_that_is_a_mount_of_the_same_disk(layout: RunLayout, tmp_path: Path) -> None:
+    """A folder that a container mounts as inbox has the run's device number: files are copied and removed all the same.
+
+    A kill in between makes no duplicate there either.
+    """
+    dropped = tmp_path / "dropped"
+    for name in ("a.jsonl", "b.jsonl"):
+        write(dropped / name, f'{{"text": "{name}"}}\n')
+
+    def take() -> object:
+        killed_before_the_move(layout, layout.inbox / "a.jsonl")
+        shutil.copy(layout.inbox / "a.jsonl", layout.archive)
+        return [clean(layout), move_in(layout, layout.inbox / "b.jsonl")]
+
+    assert [[["a.jsonl", "arriving"]], ["archive/b.jsonl"]] == with_mounts({layout.inbox: dropped}, take)
+    assert [] == list(dropped.iterdir())
+
+
+@pytest.mark.parametrize("on_another_mount", [False, True])
+def test_what_cannot_be_taken_out_holds_up_nothing(layout: RunLayout, tmp_path: Path, on_another_mount: bool) -> None:
+    """A file that cannot be moved stays, unrecorded; the others are taken. It is not tried again at every scan.
+
+    One that would be refused stays without a report. Both are taken as soon as they changed.
+    """
+    odd = os.fsdecode(b"\xe9.jsonl")
+    names = ["a.jsonl", "notes.md", odd]
+    mounts = {layout.inbox / name: write(tmp_path / "elsewhere" / name) for name in names}
+    for path in (*mounts, layout.inbox / "z.jsonl"):
+        write(path, '{"text": "z"}\n')
+    if on_another_mount:
+        mounts = {layout.inbox: layout.inbox, **mounts}
+
+    def take() -> object:
+        taken = move_in(layout, *sorted(layout.inbox.iterdir()))
+        with Ledger(layout.ledger) as ledger:
+            again = Arrivals(layout, ledger).announce([(path, 0) for path in layout.inbox.iterdir()], "d")
+        return [taken, again, clean(layout), stuck(layout), sorted(path.name for path in layout.archive.iterdir())]
+
+    expected = [["archive/z.jsonl"], 0, [["z.jsonl", "arriving"]], sorted(names), ["z.jsonl"]]
+    assert expected == with_mounts(mounts, take)
+    assert [] == list(layout.rejected.iterdir())
+    assert ["archive/a.jsonl"] == move_in(layout, *(layout.inbox / name for name in names))
+    assert ["_.jsonl", "_.jsonl.report.json", "notes.md", "notes.md.report.json"] == sorted(
+        path.name for path in layout.rejected.iterdir()
+    )
+    move_in(layout)
+    assert [] == stuck(layout)
 
 
 def test_compressed_originals_still_train(model: Path, tmp_path: Path) -> None:

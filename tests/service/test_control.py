@@ -95,6 +95,13 @@ def ask_everything(run: Run, waiting: str) -> None:
     assert f"skipped {waiting}" == run.skip(waiting)
 
 
+def test_a_reason_whose_bytes_are_no_text_is_kept_with_escapes(run: Run, tmp_path: Path) -> None:
+    """As a terminal in another encoding sends it, or half an escape in JSON."""
+    run.add(rows_file(tmp_path / "a.jsonl", 4))
+    assert "skipped a.jsonl" == run.skip("a.jsonl", reason="caf\udce9")
+    assert ["caf\\udce9"] == [entry["note"] for entry in run.history()]
+
+
 @pytest.mark.parametrize("where", ["loading", "failing"])
 def test_while_the_model_is_loaded_and_between_failures(
     run: Run, tmp_path: Path, ended: list[BaseProcess], where: str

@@ -287,6 +287,7 @@ def test_status_tells_a_quota_from_a_frozen_process(disk: Path, model: Path, mon
     with Ledger(run.layout.ledger) as ledger:
         ledger.put(state="training", heartbeat={"at": 0.0, "quiet": 0.0, "hangs": False, "pid": 1})
     with RunLock(run.layout.lock):
+        run.layout.lock.with_name(".lock.holder").unlink()
         assert "no heartbeat" in read_status(run.layout)["problem"]
         fill(disk, leave=0)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 50))

@@ -23,14 +23,14 @@ from onward.errors import DamagedState
 from onward.layout import MANIFEST, RunLayout, step_of
 from onward.service.holder import is_held
 from onward.service.lock import RunLock
-from onward.service.proof.doctor import machine
+from onward.service.proof.doctor import machine, process, state
 from onward.service.proof.doctor.examination import examine
 from onward.service.proof.doctor.finding import Finding
 from onward.status import read_history, read_status
 from onward.store.ledger import Ledger, make_ledger
 from onward.store.metrics import Metrics
 from onward.store.rows import StepRecord
-from onward.training.checkpoints.checkpoint import Manifest
+from onward.training.checkpoints.checkpoint import Inspection, Manifest, inspect_checkpoint
 
 FILE: dict[str, Any] = {
     "command": "c", "sha256": "0" * 64, "bytes": 1, "format": "jsonl", "copy": "archive/a", "again": 0, "priority": 0,
@@ -147,12 +147,38 @@ def test_a_copy_under_another_name_is_named(layout: RunLayout) -> None:
 
 
 def test_a_file_that_ends_its_checker_is_named(layout: RunLayout) -> None:
-    """A file whose checking was begun and never ended is named, with the command that takes it out."""
+    """A file whose checking was begun and never ended is named, with the command that takes it out.
+
+    While a process checks files, one beginning may be its own.
+    """
     with Ledger(layout.ledger) as ledger:
-        ledger.insert_file(**FILE, name="it's.jsonl", state="arriving", attempts=3)
-    (found,) = findings(layout, "queue")
+        for name, attempts in (("it's.jsonl", 3), ("another.jsonl", 1)):
+            ledger.insert_file(**FILE, name=name, state="arriving", attempts=attempts)
+    with FileLock(layout.intake_lock):
+        (found,) = process.check_queue(layout)
+    assert "checking it's.jsonl was begun 2 times and never finished" == found.message
+    found, other = process.check_queue(layout)
+    assert "checking another.jsonl was begun 1 time and never finished" == other.message
     assert "checking it's.jsonl was begun 3 times and never finished" == found.message
     assert """onward skip 'it'"'"'s.jsonl' takes it out""" == found.hint
+
+
+def test_what_a_process_that_trains_replaces_meanwhile_is_no_finding(
+    layout: RunLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A restore point that is removed while it is read, and a checkpoint that is replaced while it is measured."""
+    gone, size = layout.restore_points()[-1], sum(path.stat().st_size for path in layout.checkpoints()[0].iterdir())
+
+    def inspect_late(folder: Path) -> Inspection:
+        if folder == gone:
+            shutil.rmtree(folder)
+        return inspect_checkpoint(folder)
+
+    monkeypatch.setattr(state, "inspect_checkpoint", inspect_late)
+    assert {"ok"} == {finding.level for finding in state.check_checkpoints(layout)}
+    found = iter([[layout.checkpoint(900)], layout.checkpoints()])
+    monkeypatch.setattr(RunLayout, "checkpoints", lambda _: next(found))
+    assert f"a checkpoint takes {size / 1e6:.0f} MB" in next(machine.check_disk(layout)).message
 
 
 def test_files_out_of_the_stream_have_no_number(layout: RunLayout) -> None:
@@ -215,6 +241,8 @@ def test_another_user_may_look(has_log: bool, layout: RunLayout) -> None:
         assert before == sorted(path.name for path in layout.root.iterdir())
         with FileLock(layout.lock):
             assert ["idle", 2, True] == as_nobody(look)
+        refused = as_nobody(lambda: Run(layout.root).pause())
+        assert ("attempt to write" if has_log else "this user may not write the ledger") in refused
     layout.ledger.chmod(0o600)
     assert "this user may not read the ledger" in as_nobody(look)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import threading
+import time
 from collections import namedtuple
 from collections.abc import Callable
 from itertools import pairwise
@@ -24,7 +26,6 @@ from onward import Run
 from onward.data.plan.loader import Batch
 from onward.errors import ModelError, TrainingError
 from onward.events import FileDone, Note, StepTaken
-from onward.layout import RunLayout
 from onward.service.holder import read_heartbeat
 from onward.service.owner import disk
 from onward.service.owner.alongside.heartbeat import Heartbeat
@@ -325,10 +326,19 @@ def test_the_heartbeat_tells_a_hung_step_from_a_dead_process(run: Run) -> None:
 
 
 def test_status_and_doctor_read_the_heartbeat(run: Run) -> None:
-    """A process that holds the lock and hangs is named by both."""
+    """A process that holds the lock and hangs is named by both; what an earlier one left says nothing about it."""
+    holder = run.layout.lock.with_name(".lock.holder")
+    fact = {"at": time.time() - 100.0, "quiet": 0.0, "hangs": False, "pid": os.getpid()}
     with run._owned() as ledger:
-        ledger.put(state="training", heartbeat={"at": 0.0, "quiet": 0.0, "hangs": False, "pid": 1})
-        assert "no heartbeat for" in run.status()["problem"]
-        (finding,) = [finding for finding in examine(RunLayout(run.layout.root)) if finding.subject == "heartbeat"]
-        assert "error" == finding.level
+        started = json.loads(holder.read_text())
+        ledger.put(state="training", heartbeat=fact)
+        for earlier in (started, {**started, "pid": 1, "started": 0.0}):
+            holder.write_text(json.dumps(earlier))
+            assert [None, None] == [run.status()[key] for key in ("heartbeat_seconds", "problem")]
+            assert "heartbeat" not in {finding.subject for finding in examine(run.layout)}
+        for own in (json.dumps({**started, "started": fact["at"]}), ""):
+            holder.write_text(own)
+            assert "no heartbeat for 100 s" in run.status()["problem"]
+            (finding,) = [finding for finding in examine(run.layout) if finding.subject == "heartbeat"]
+            assert "error" == finding.level
     assert run.status()["heartbeat_seconds"] is None

@@ -52,3 +52,19 @@ def test_kept_files_of_a_tokenizer_are_made_again(damage: str, model: Path, tmp_
     assert expected == KeptTokenizer(run.layout, model).files()
     assert path.is_file()
     assert expected == KeptTokenizer(run.layout, model).files()
+
+
+def test_a_tokenizer_that_another_process_keeps_meanwhile(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that find none begin to keep it at once, and remove what the other one writes: both go on with what they
+    loaded."""
+    run = new_run(tmp_path / "run", model)
+    (path,) = (run.layout.cache / "tokenizer_files").iterdir()
+    path.unlink()
+
+    def gone(_: Path) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr("onward.service.tokenizer.remove_tree", gone)
+    assert tokenizer_files(load_tokenizer(model)) == KeptTokenizer(run.layout, model).files()

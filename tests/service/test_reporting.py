@@ -194,6 +194,19 @@ def test_the_log_is_rotated(layout: RunLayout) -> None:
     assert layout.log.read_text().endswith("the last one\n")
 
 
+def test_a_log_that_others_rotate_or_remove_goes_on(layout: RunLayout) -> None:
+    """The next line begins another file, and is not lost in one that has no name any more."""
+    aside = layout.log.with_name("aside")
+    reporter = Reporter(layout, NotifyConfig)
+    reporter.write("info", "one")
+    layout.log.rename(aside)
+    reporter.write("info", "two")
+    layout.log.unlink()
+    reporter.write("info", "three")
+    reporter.close()
+    assert ["one", "three"] == [path.read_text().split()[-1] for path in (aside, layout.log)]
+
+
 def test_a_log_on_a_full_disk_is_no_failure(layout: RunLayout) -> None:
     """What a full disk did not take is no failure when the log is closed either."""
     layout.log.parent.mkdir(exist_ok=True)

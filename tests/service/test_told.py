@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +17,11 @@ from states import assert_same_state
 from onward import Run
 from onward.atomic import remove_tree
 from onward.data.plan.loader import Batch
-from onward.errors import FileRejected
+from onward.errors import FileRejected, NoSpace
 from onward.events import Event, FileDone, Hub, Note, StepTaken
 from onward.service.owner.alongside.heartbeat import Heartbeat
 from onward.service.owner.process import OpenedRun, account, operate
+from onward.service.owner.recovery import Recovery
 from onward.service.owner.training.start import load_start
 from onward.service.owner.training.surroundings import Surroundings
 from onward.service.owner.training.worker import Worker
@@ -182,3 +185,24 @@ def test_what_is_done_at_a_boundary(run: Run, model: Path, tmp_path: Path) -> No
     with Ledger(run.layout.ledger, read_only=True) as ledger:
         assert [results[0], {}] == [ledger.boundary_results(row.id) for row in ledger.files("done")]
     assert_same_state(twin.layout.root, run.layout.root)
+
+
+def test_a_night_with_a_full_disk_is_told_a_few_times() -> None:
+    """Of failures in a row, events and the log have the 1st, 2nd, 4th and so on; `status` has each.
+
+    A failure of another kind is told, and so is the first one after a success.
+    """
+    shown, told = list[str](), list[str]()
+    owned: Any = SimpleNamespace(
+        shown=SimpleNamespace(set=lambda _, problem: shown.append(problem)),
+        record=lambda _level, problem, _kind: told.append(problem.split("(failure ")[1].split(" ")[0]),
+        wishes=SimpleNamespace(pending=True),  # so that nothing is waited for
+    )
+    recovery = Recovery(owned)
+    for left in range(20):
+        full = NoSpace(f"no room: {left} MB are left") if left != 10 else OSError(errno.EDQUOT, "Disk quota exceeded")
+        recovery.outlive(full, full=True)
+    assert (20, ["1", "2", "4", "8", "11", "16"]) == (len(shown), told)
+    recovery.succeeded()
+    recovery.outlive(NoSpace("no room"), full=True)
+    assert "1" == told[-1]

@@ -101,6 +101,10 @@ def test_it_may_write_to_the_run_and_little_else(tmp_path: Path) -> None:
     }  # fmt: skip
     assert expected == {key: values(unit, key)[0] for key in expected}
     assert [] == values(unit, "MemoryDenyWriteExecute")
+    several = systemd_unit(run, "nobody", host(run), devices="2:8")
+    expected = {"NotifyAccess": "all", "RestrictAddressFamilies": "AF_UNIX AF_INET AF_INET6 AF_NETLINK"}
+    assert expected == {key: values(several, key)[0] for key in expected}
+    assert ["main"] == values(unit, "NotifyAccess")
     places = {place: values(systemd_unit(Path(place), "nobody", host(run)), "PrivateTmp") for place in ("/", "/tmp")}
     assert {"/": ["yes"], "/tmp": ["no"]} == places
 

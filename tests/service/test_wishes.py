@@ -260,7 +260,7 @@ def test_a_skip_of_a_file_whose_boundary_is_being_committed(process: Process) ->
 def test_a_skip_of_a_file_that_vanished_unread(process: Process) -> None:
     """A file that was announced and is forgotten again: the skip is answered, nothing fails."""
     requests = process.ask("skip m3", "skip m2")
-    process.ledger.forget_announced(process.id_of(UNREAD))
+    process.ledger.forget_arriving(process.id_of(UNREAD))
     process.look()
     answer, after = process.answers(requests)
     assert ("vanished from the inbox" in str(answer), ALONE["skip m2"]) == (True, after)
@@ -268,7 +268,7 @@ def test_a_skip_of_a_file_that_vanished_unread(process: Process) -> None:
 
 def test_a_skip_that_meets_a_file_accepted_meanwhile(process: Process) -> None:
     """Between the look at an unread file and the act, another process queued it: it is skipped as a queued one."""
-    process.ledger.forget_announced(process.id_of(UNREAD))  # a copy of a run has other inodes
+    process.ledger.forget_arriving(process.id_of(UNREAD))  # a copy of a run has other inodes
     process.intake.announce([(process.run.layout.inbox / UNREAD, 0)])
     row = process.ledger.file(process.id_of(UNREAD))
     process.intake.bring_in()

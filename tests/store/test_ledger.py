@@ -7,16 +7,19 @@ import os
 import signal
 import sqlite3
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from onward.errors import DamagedState, OnwardError
+from onward.errors import DamagedState, DeviceLost, OnwardError
 from onward.store.database import LOG_BYTES, refusal
 from onward.store.ledger import Ledger, look_into, make_ledger
 from onward.store.metrics import Metrics
-from onward.store.migrations import MIGRATIONS
+from onward.store.migrations import MIGRATIONS, migrate
 from onward.store.rows import StepRecord
+from onward.store.waiting import Waiting
 
 
 def add(ledger: Ledger, name: str, **values: object) -> int:
@@ -149,10 +152,17 @@ def test_going_back_forgets_steps_and_marks_checkpoints(ledger: Ledger) -> None:
 
 
 def test_a_ledger_of_the_future_is_refused(ledger: Ledger) -> None:
-    """A schema that this release does not know is refused with the remedy."""
+    """A schema that this release does not know is refused with the remedy, also by who only looks at it.
+
+    A process that has it open while a newer release changes it ends, so that a new process continues.
+    """
+    ledger.require_in_place()
     ledger.write(f"PRAGMA user_version = {len(MIGRATIONS) + 1}")
-    with pytest.raises(OnwardError, match="pip install --upgrade onward"):
-        Ledger(ledger.path)
+    for read_only in (False, True):
+        with pytest.raises(OnwardError, match="pip install --upgrade onward"):
+            Ledger(ledger.path, read_only=read_only)
+    with pytest.raises(DeviceLost, match="Start another process"):
+        ledger.require_in_place()
 
 
 def test_a_ledger_that_is_no_database_is_refused(tmp_path: Path) -> None:
@@ -221,8 +231,11 @@ def test_the_log_is_cut_back_after_a_long_reader(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("code", "is_damage"),
-    [(sqlite3.SQLITE_IOERR_FSYNC, False), (sqlite3.SQLITE_FULL, False), (sqlite3.SQLITE_CORRUPT_VTAB, True)],
-)
+    [
+        (sqlite3.SQLITE_IOERR_FSYNC, False), (sqlite3.SQLITE_FULL, False), (sqlite3.SQLITE_READONLY_DBMOVED, False),
+        (sqlite3.SQLITE_PROTOCOL, False), (sqlite3.SQLITE_CORRUPT_VTAB, True), (sqlite3.SQLITE_ERROR, True),
+    ],
+)  # fmt: skip
 def test_a_machine_that_fails_is_no_damage(tmp_path: Path, code: int, is_damage: bool) -> None:
     """A full or failing disk is raised as it is; what SQLite finds wrong in the file, or no file, is damage."""
     path = tmp_path / "ledger.sqlite3"
@@ -261,6 +274,42 @@ def test_a_signal_is_noticed_while_others_write(ledger: Ledger) -> None:
         other.close()
     assert [True] == first
     ledger.put(paused=None)
+
+
+class Late(sqlite3.Connection):
+    """A connection that begins to write only after another one did what it wanted."""
+
+    meanwhile: Callable[[], object] = staticmethod(lambda: None)
+
+    def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+        """Execute a statement; the lock is taken after the other one let it go."""
+        if sql == "BEGIN IMMEDIATE":
+            self.meanwhile()
+            self.meanwhile = lambda: None
+        return super().execute(sql, *values)
+
+
+@pytest.mark.parametrize("is_held", [False, True])
+def test_two_processes_bring_the_same_ledger_up(is_held: bool, tmp_path: Path) -> None:
+    """Whoever comes second, before or after it asked for the lock, finds nothing left to do; its references hold."""
+    path = tmp_path / "ledger.sqlite3"
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as first:
+        first.execute("PRAGMA journal_mode = WAL")
+        for script in MIGRATIONS[:-1]:
+            first.executescript(script)
+        first.execute(f"PRAGMA user_version = {len(MIGRATIONS) - 1}")
+
+        def go_on() -> bool:
+            for statement in f"{MIGRATIONS[-1]} PRAGMA user_version = {len(MIGRATIONS)}; COMMIT".split(";"):
+                first.execute(statement)
+            return False
+
+        with contextlib.closing(sqlite3.connect(path, timeout=0.0, isolation_level=None, factory=Late)) as second:
+            second.meanwhile = (lambda: None) if is_held else go_on
+            first.execute("BEGIN IMMEDIATE")
+            Waiting(should_end=go_on).for_others(lambda: migrate(second))
+            seen = [second.execute(f"PRAGMA {name}").fetchone()[0] for name in ("user_version", "foreign_keys")]
+    assert [len(MIGRATIONS), 1] == seen
 
 
 @pytest.mark.parametrize("version", range(1, len(MIGRATIONS)))

@@ -21,7 +21,7 @@ from onward.config import Config
 from onward.errors import ConfigError, ModelError
 from onward.training.admission.admit import admit
 from onward.training.admission.findings import Findings
-from onward.training.admission.longer import causal_length, filling_difference
+from onward.training.admission.longer import causal_length, compare_filled
 from onward.training.admission.reach import without_gradient
 from onward.training.admission.remedies import working_config
 from onward.training.admission.small.narrow import still
@@ -201,9 +201,9 @@ def test_rows_of_one_length_that_change_each_other_are_seen(tmp_path: Path) -> N
     folder = save(tmp_path, "llama")
     spec = ModelSpec(config(folder, method="full"), folder, CPU, torch.float32)
     model: Any = LlamaForCausalLM.from_pretrained(folder).train()
-    assert filling_difference(spec, model, VOCABULARY, by_length=True) < 1e-5
+    assert compare_filled(spec, model, VOCABULARY, by_length=True).largest < 1e-5
     model.model.layers[0].mlp.down_proj = MixesRows(model.model.layers[0].mlp.down_proj)
-    assert filling_difference(spec, model, VOCABULARY, by_length=True) > 1e-2
+    assert compare_filled(spec, model, VOCABULARY, by_length=True).largest > 1e-2
 
 
 class LooksAheadInLongRows(LlamaForCausalLM):

@@ -26,7 +26,7 @@ from onward.training.layers.cross_entropy import CHUNK_BYTES, LOGITS_BYTES
 from onward.training.layers.fused_lora import fuse_lora
 from onward.training.state import Cursor, TrainState
 from onward.training.steps.economy import Learned
-from onward.training.steps.memory import Polynomial, Profile, largest_part, part_tokens
+from onward.training.steps.memory import Polynomial, Profile, crude_of, largest_part, part_tokens
 from onward.training.trainer import Trainer
 from onward.training.world import SingleProcess
 
@@ -133,6 +133,17 @@ def test_parts_that_fit_are_computed_once() -> None:
     assert not trainer.economy.recomputes(row.take([0]))
     rows = [Row(np.ones(60, dtype=np.int64), np.arange(60) > 0)] * 4
     assert trainer.economy.recomputes(Batch(rows, row.references, row.lines))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral", "gpt_oss"])
+def test_the_rough_estimate_is_an_upper_bound(family: str) -> None:
+    """Layers of any class count, experts, and scores that attention keeps: where it fits, a part fits, and nothing is
+    measured."""
+    model = small.small_model(family).train()
+    economy = trainer_of(model, method="full", max_length=512).economy
+    crude = crude_of(model, padded=family in ("gemma2", "gpt_oss"))
+    for lengths in ([8] * 8, [512]):
+        assert economy.profile.whole(lengths) <= crude(lengths)
 
 
 def test_a_step_that_lacks_memory_is_taken_again_with_less() -> None:

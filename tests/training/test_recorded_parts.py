@@ -267,6 +267,8 @@ def test_a_part_that_is_filled_up_trains_the_same() -> None:
     rows = batch((9, 2, 17, 6), 0)
     filled = loss_of.filled(rows, rows.weight)
     assert Sizes(LEAST, LEAST // 4, 8, LEAST) == filled.sizes  # type: ignore[union-attr]
+    assert (LEAST, LEAST // 4) == (len(filled.ids), len(filled.before))  # type: ignore[union-attr]
+    assert [9, 2, 17, 6, LEAST - 34] == list(filled.rows["row_lengths"])  # type: ignore[union-attr]
     found: list[dict[str, torch.Tensor]] = []
     for loss in (loss_of(rows) / rows.weight, loss_of(filled) * filled.share):  # type: ignore[union-attr]
         loss.backward()
@@ -312,7 +314,10 @@ def test_measuring_memory_lets_go_of_what_it_computed() -> None:
 
 
 def test_sizes_are_few_and_near() -> None:
-    """At most an eighth more tokens than there are, and of every power of two only a few sizes."""
+    """At most an eighth more tokens than there are, and of every power of two only a few sizes.
+
+    Sizes decide last bits, and so does up to which work a part is filled up.
+    """
     found = [sizes_of([length], length - 1, 1000) for length in range(2, 5000)]
     assert all(each is not None for each in found)
     for length, each in enumerate(found, 2):
@@ -323,4 +328,6 @@ def test_sizes_are_few_and_near() -> None:
         assert max(length, each.tokens - length) <= each.longest
     assert len({each.tokens for each in found if each is not None}) < 40
     assert sizes_of([2048] * 8, 8 * 2047, 600_000_000) == Sizes(16384, 16383, 16, 2048)
+    assert sizes_of([2048] * 7, 7 * 2047, 600_000_000) == Sizes(14336, 14335, 8, 2048)
+    assert 3e13 == WORK
     assert sizes_of([2048] * 8, 8 * 2047, int(WORK / 16384) + 1) is None

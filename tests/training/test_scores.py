@@ -17,11 +17,13 @@ from onward.config import Config
 from onward.data.tokenized import Row
 from onward.training.device.execution import Execution
 from onward.training.layers import cross_entropy
+from onward.training.layers.attention import lay_end_to_end
 from onward.training.layers.head import scores_of
 from onward.training.measuring.scores import Compute, Meter, divergences
 from onward.training.model.expert_lora import wrap_experts
 from onward.training.model.load import make_fast
 from onward.training.steps.anchor import AnchorTerm, top_divergences, top_of
+from onward.training.steps.loss import TargetLoss
 from onward.training.world import SingleProcess
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -137,6 +139,29 @@ def test_the_kept_part_of_the_base_is_a_lower_bound() -> None:
     top_divergences(ids[:, :5], logs[:, :5], same).sum().backward()
     assert same.grad is not None
     assert float(same.grad.abs().max()) < 1e-12
+    certain = 200.0 * torch.eye(70)  # no probability is left for the tokens that are not kept
+    assert top_divergences(*top_of(certain), certain).abs().max() < 1e-5
+
+
+def test_the_anchor_adds_the_gradients_of_its_term() -> None:
+    """Weight times divergence, mean over the targets of the step's texts, whichever of them are computed together."""
+    model, base = small_model("llama").train(), small_model("llama", seed=1)
+    ids = np.random.default_rng(0).integers(0, 60, (3, 6))
+    texts = [Row(text, np.arange(6) > 0) for text in ids]
+    with torch.no_grad():
+        kept = top_of(base(input_ids=torch.from_numpy(ids)).logits[:, :-1])
+    term, config = AnchorTerm(texts, *kept, 0.5), Config(batch_size=16, micro_batch_tokens=7, seed=3)
+    chosen = term.chosen(4, config)
+    logits = model(input_ids=torch.from_numpy(ids[chosen])).logits[:, :-1]
+    expected = top_divergences(*(each[chosen].flatten(0, 1) for each in kept), logits.flatten(0, 1)).mean()
+    gradients = torch.autograd.grad(0.5 * 4.0 * expected, list(model.parameters()))
+    lay_end_to_end(model)
+    for tokens in (7, 100):
+        own = config.model_copy(update={"micro_batch_tokens": tokens})
+        found = term.add_gradients(TargetLoss(model, torch.device("cpu"), torch.float32), 4, own, factor=4.0)
+        assert float(expected.detach()) == pytest.approx(found, rel=1e-5)
+        torch.testing.assert_close([weight.grad for weight in model.parameters()], list(gradients))
+        model.zero_grad()
 
 
 def test_each_text_comes_once_before_one_comes_twice() -> None:

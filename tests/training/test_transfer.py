@@ -166,6 +166,11 @@ def test_the_next_batch_is_made_while_a_gpu_computes() -> None:
     asked_for = sorted(each for each in made if each[0] != 2)  # which may have been begun, and was not wanted
     assert [(0, True), (1, False), (3, True)] == asked_for
     made.clear()
+    with Ahead(make, 2, torch.device("cuda", 0)) as batches:
+        assert [2, 3] == [len(batches.at(step).rows[0].ids) for step in range(2)]
+    assert [(0, True), (1, False)] == made
+    assert not any(thread.name.startswith("onward-batches") for thread in threading.enumerate())
+    made.clear()
     with Ahead(make, 4, CPU) as batches:
         assert np.array_equal(batches.at(2).rows[0].ids, batch(4).rows[0].ids)
     assert [(2, True)] == made

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -26,13 +28,14 @@ from onward.data.rows.template import ChatTemplate
 from onward.errors import UsageError
 from onward.layout import RunLayout
 from onward.service.lock import RunLock
+from onward.terminal import open_standard_streams
 from onward.training.model.base import TOKENIZER
 from onward.training.model.load import causal_lm
 from onward.views.chat.engine import Engine
 from onward.views.chat.pieces import Pieces
 from onward.views.chat.prompts import Prompts
 from onward.views.chat.sampling import Sampling
-from onward.views.chat.terminal import Asking, Chat
+from onward.views.chat.terminal import Asking, Chat, typed_lines
 from onward.views.loaded import load
 from onward.views.points import hold
 
@@ -279,7 +282,7 @@ def test_a_conversation(stream: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     saved = tmp_path / "saved.jsonl"
     lines = [
         "One?", "Two?", f"/save {saved}", "/save", "/system Be brief.", "Three?", f"/save {saved}", "/at b.jsonl",
-        "/at nowhere", "/nonsense", "/save x.txt", "/help", "/quit", "never asked",
+        "/at nowhere", "/nonsense", "/save x.txt", "/save ~nobody-there/x.jsonl", "/help", "/quit", "never asked",
     ]  # fmt: skip
     with Chat(layout, Asking([None], Sampling(2.0, max_tokens=12), seed=1), give_way) as chat:
         chat.talk(iter(lines))
@@ -294,6 +297,7 @@ def test_a_conversation(stream: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     for words in (
         "step 5, after file 3 (c.jsonl) answers", "step 3, after file 2 (b.jsonl) answers",
         "'nowhere' is neither a finished file", "there is no command /nonsense", "rows are saved in a .jsonl file",
+        "the row cannot be saved: No such file or directory",
     ):  # fmt: skip
         assert words in seen.err
     assert 3 <= len(seen.out.splitlines())
@@ -302,7 +306,8 @@ def test_a_conversation(stream: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_it_goes_on_to_newer_commits(stream: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With `--refresh` each message is answered by the newest commit; without it by the one that was loaded."""
+    """With `--refresh` each message is answered by the newest commit, unless `/at` named a state; without it by the one
+    that was loaded."""
     layout = RunLayout(copy_run(stream, tmp_path / "run"))
     rows = tiny.write_jsonl(tmp_path / "d.jsonl", tiny.chat_rows(3, seed=3))
 
@@ -312,10 +317,20 @@ def test_it_goes_on_to_newer_commits(stream: Path, tmp_path: Path, capsys: pytes
         yield "Two?"
 
     asking = Asking([None], GREEDY, refresh=True)
-    with Chat(layout, asking, give_way) as chat, Chat(layout, Asking([None], GREEDY), give_way) as staying:
+    with (
+        Chat(layout, asking, give_way) as chat,
+        Chat(layout, asking, give_way) as moved,
+        Chat(layout, Asking([None], GREEDY), give_way) as staying,
+    ):
+        moved.talk(iter(["/at b.jsonl"]))
+        (before,) = moved.once("Two?")
         chat.talk(lines())
+        moved.talk(iter(["Two?"]))
         assert [6] == [answer["step"] for answer in chat.once("Three?")]
         assert [5] == [answer["step"] for answer in staying.once("Three?")]
+        assert [before["step"]] == [answer["step"] for answer in moved.once("Three?")]
+        moved.talk(iter(["/at"]))
+        assert [6] == [answer["step"] for answer in moved.once("Three?")]
     assert "step 6, after file 4 (d.jsonl) answers" in capsys.readouterr().err
 
 
@@ -334,6 +349,19 @@ def test_beside_a_process_that_trains(stream: Path, tmp_path: Path) -> None:
         assert 0 == apart(_answer_beside, root)
     assert before == Run(root).status()["global_step"]
     assert Run(root).verify().ok
+
+
+def test_bytes_that_are_no_text_are_refused_and_the_chat_goes_on(
+    stream: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a terminal in another encoding, or a pipe, sends them, whatever the locale says of such bytes."""
+    typed = io.TextIOWrapper(io.BytesIO(b"caf\xe9?\nTwo?\n"), encoding="utf-8", errors="strict")
+    monkeypatch.setattr(sys, "stdin", typed)
+    open_standard_streams()
+    with Chat(RunLayout(stream), Asking([None], GREEDY), give_way) as chat:
+        chat.talk(typed_lines())
+        assert ["Two?"] == [turn["content"] for turn in chat._columns[0].turns[::2]]
+    assert "some of its bytes were not UTF-8" in capsys.readouterr().err
 
 
 def test_a_run_without_a_chat_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,8 +90,8 @@ def test_what_was_told_right_before_a_kill_is_not_told_again(tmp_path: Path, can
         assert [1, 2, 3, 4] * (1 if can_say else 2) == [point.step for point in store.points]
 
 
-@pytest.mark.parametrize("left", range(8))
-def test_what_a_tracker_lost_before_or_after_a_rollback_is_told_again(tmp_path: Path, left: int) -> None:
+@pytest.mark.parametrize("left", range(11))
+def test_what_a_tracker_lost_before_or_after_rollbacks_is_told_again(tmp_path: Path, left: int) -> None:
     """Set back to any earlier moment, or made anew, it has the run's curve again, and what it has kept only once."""
     stream, store = Stream(tmp_path / "run"), Store()
     feed = feed_of(stream.ledger, store)
@@ -99,9 +99,13 @@ def test_what_a_tracker_lost_before_or_after_a_rollback_is_told_again(tmp_path: 
         stream.train(steps, last=True)
     feed.tell()
     stream.roll_back(1)
+    for steps in (2, 2):
+        stream.train(steps, last=True)
+    assert 4 == feed.tell()
+    stream.roll_back(2)
     stream.train(2, last=False)
     assert 2 == feed.tell()
-    assert [1, 2, 3, 4, 5, 4, 5] == [point.step for point in store.points]
+    assert [1, 2, 3, 4, 5, 4, 5, 6, 7, 6, 7] == [point.step for point in store.points]
     del store.points[left:]
     stream.train(1, last=True)
     feed_of(stream.ledger, store).tell()
@@ -129,7 +133,7 @@ def test_a_tracker_that_is_ahead_of_a_ledger_that_was_set_back_is_not_told_again
     layout, store = made_up_run(tmp_path / "run", [("a.jsonl", 4)], float), Store()
     with Ledger(layout.ledger) as ledger:
         feed_of(ledger, store).tell()
-        store.points[-1] = replace(store.points[-1], values={**store.points[-1].values, "rollbacks": 1.0})
+        store.points[-1] = replace(store.points[-1], values={**store.points[-1].values, "step": 2.0, "rollbacks": 1.0})
         ledger.write("UPDATE trackers SET step = 3")
         feed_of(ledger, store).tell()
     assert [1, 2, 3, 4, 4] == [point.step for point in store.points]

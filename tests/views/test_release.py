@@ -195,13 +195,14 @@ def test_a_release_that_is_not_what_was_published_is_not_used(name: str, problem
 def test_the_record_says_what_is_released_and_the_card_shows_it(run: Run) -> None:
     """Which state of which stream, and what was measured of it: as much as `onward evaluate` measures there."""
     before = open_descriptors()
-    record = make(run, Order("v1", "step:7", cooldown=0, notes="for *you*"))
+    record = make(run, Order("v1", "step:7", cooldown=0, notes="for *you*\udcff"))
     assert before == open_descriptors()
     assert record == json.loads((run.layout.releases / "v1" / RECORD).read_bytes())
     manifest = inspect_checkpoint(run.layout.boundary(7)).verified
     assert manifest is not None
     assert {
-        "name": "v1", "notes": "for *you*", "run": manifest.run, "step": 7, "state_digest": manifest.state_digest,
+        "name": "v1", "notes": "for *you*\\udcff", "run": manifest.run, "step": 7,
+        "state_digest": manifest.state_digest,
         "base": manifest.base, "config": manifest.config, "cooldown": {"steps": 0, "learning_rate": None},
         "averaged": [7], "verified": True,
     }.items() <= record.items()  # fmt: skip

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import Mock, call
 
 import pytest
 import tiny
 from commands import make_run, onward
 from filelock import FileLock
 from ledgers import add_file, made_up_run
-from tracked import Store
+from tracked import Recorder, Store
 
 from onward.errors import RunLocked, UsageError
 from onward.layout import RunLayout
@@ -20,9 +23,11 @@ from onward.store.ledger import Ledger
 from onward.store.metrics import Metrics
 from onward.store.rows import StepRecord
 from onward.store.waiting import Waiting
+from onward.views.trackers import telling
 from onward.views.trackers.registry import BUILT_IN, find_tracker
 from onward.views.trackers.telling import follow, make_feed, tell, tell_once
-from onward.views.trackers.tracker import Factory, TrackedRun, Tracker
+from onward.views.trackers.to_trackio import TrackioTracker
+from onward.views.trackers.tracker import Factory, Point, TrackedRun, Tracker
 
 
 def tracked(tmp_path: Path, *names: str) -> RunLayout:
@@ -61,7 +66,8 @@ def test_a_failure_is_told_once_and_so_is_its_end(tmp_path: Path) -> None:
     reason = "ConnectionError: cannot connect to https://example/api"
     assert [{"ours": reason, "other": None}] * 3 == reasons
     store.fails = None
-    assert {"ours": None, "other": None} == tell_once(layout, ["ours", "other"], find)
+    for _ in range(2):
+        assert {"ours": None, "other": None} == tell_once(layout, ["ours", "other"], find)
     with Ledger(layout.ledger, read_only=True) as ledger:
         events = [(event.level, event.message) for event in ledger.events() if event.kind == "tracker"]
     assert [
@@ -111,8 +117,48 @@ def test_a_tracker_that_the_config_no_longer_names_is_let_go_and_a_new_one_begin
     assert [1, 1] == [store.closed for store in stores.values()]
 
 
-def test_a_tracker_that_fails_is_tried_again_until_it_works(tmp_path: Path) -> None:
-    """By the process that follows, without anybody asking for it."""
+def test_a_tracker_that_is_named_again_while_it_hangs_is_told_by_one_thread(tmp_path: Path) -> None:
+    """By the one that hangs, and once that has ended by another: no step is told twice."""
+    layout, ended, began, goes_on = tracked(tmp_path, "ours"), threading.Event(), threading.Event(), threading.Event()
+    stores = {"ours": Store(), "second": Store(), "third": Store()}
+
+    class Hanging(Recorder):
+        def log(self, points: Sequence[Point]) -> None:
+            began.set()
+            assert goes_on.wait(60)
+            super().log(points)
+
+    def find(name: str) -> Factory:
+        return stores[name].open if name != "ours" else lambda run: Hanging(stores[name])
+
+    following = threading.Thread(target=lambda: follow(layout, ended, find=find, seconds=0.01), daemon=True)
+    following.start()
+    assert began.wait(60)
+    for names in (["second"], ["ours", "third"]):
+        configure(layout, *names)
+        assert stores[names[-1]].told.wait(60)
+    goes_on.set()
+    ended.set()
+    following.join(60)
+    assert [1, 2, 3] == [point.step for point in stores["ours"].points]
+
+
+def test_trackio_elsewhere_gets_the_names_that_it_gets_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`step` is its own count of points; the run's step has another name."""
+    client = Mock()
+    monkeypatch.setitem(sys.modules, "trackio", client)
+    monkeypatch.setenv("TRACKIO_SERVER_URL", "http://localhost:7860")
+    tracker = TrackioTracker(TrackedRun("r", "n", Path("unused"), {}))
+    tracker.log([Point(9, 7, 0.0, {"step": 7.0, "loss": 0.5})])
+    tracker.close()
+    assert [call({"global_step": 7.0, "loss": 0.5}, step=9)] == client.init.return_value.log.mock_calls
+    client.init.return_value.finish.assert_called_once_with()
+
+
+def test_a_tracker_that_fails_is_tried_again_until_it_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the process that follows, without anybody asking for it; it waits longer after each failure in a row."""
+    waits: list[tuple[int, float]] = []
+    monkeypatch.setattr(telling, "pause_after", lambda *given: waits.append(given) or given[1])
     layout, store, ended = tracked(tmp_path, "ours"), Store(), threading.Event()
     store.fails = "no route to host"
     following = threading.Thread(
@@ -127,6 +173,8 @@ def test_a_tracker_that_fails_is_tried_again_until_it_works(tmp_path: Path) -> N
     ended.set()
     following.join(60)
     assert [1, 2, 3] == [point.step for point in store.points]
+    assert [(failures, 0.002) for failures in range(1, len(waits) + 1)] == waits
+    assert 2 <= len(waits)
 
 
 def test_a_ledger_that_takes_nothing_for_a_while_ends_no_telling(tmp_path: Path) -> None:
@@ -163,14 +211,15 @@ def test_a_thread_that_ends_is_begun_again(tmp_path: Path) -> None:
 
 
 def test_what_fails_when_it_is_closed_is_recorded_in_a_printable_line(tmp_path: Path) -> None:
-    """Cut to a length that a terminal shows; what was told stays told."""
+    """Cut to a length that a terminal shows, and whoever asked is told; what was told stays told."""
     layout, store = tracked(tmp_path, "ours"), Store()
     store.fails_to_close = "\x1b[2J" + "x" * 1000
-    assert {"ours": None} == tell_once(layout, ["ours"], lambda name: store.open)
+    reason = f"ConnectionError: \\x1b[2J{'x' * 1000}"[:300]
+    assert {"ours": reason} == tell_once(layout, ["ours"], lambda name: store.open)
     with Ledger(layout.ledger, read_only=True) as ledger:
         row = ledger.tracker("ours")
     assert row is not None
-    assert (3, f"ConnectionError: \\x1b[2J{'x' * 1000}"[:300]) == (row.step, row.problem)
+    assert (3, reason) == (row.step, row.problem)
     store.fails_to_close = None
     train_one(layout)
     assert {"ours": None} == tell_once(layout, ["ours"], lambda name: store.open)

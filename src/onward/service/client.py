@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from onward.errors import NoSpace, OnwardError, UsageError
 from onward.layout import RunLayout
 from onward.ranks import Start
-from onward.service.holder import is_held, read_heartbeat, read_holder
+from onward.service.holder import beat_of, is_held, read_heartbeat, read_holder
 from onward.service.shown import PAUSED, Shown
 from onward.service.wishes import AFTER_FILE, ENDED_FIRST, FAILED_FIRST, RELEASE, Wish
 from onward.store.ledger import Ledger
@@ -221,11 +221,9 @@ def _record(layout: RunLayout, ledger: Ledger, wish: Wish) -> int:
 
 def _require_life(layout: RunLayout, ledger: Ledger) -> None:
     """Raise at once if waiting is pointless: a process that is frozen or hangs does not answer."""
-    holder, fact = read_holder(layout.lock), ledger.get("heartbeat")
-    if holder is None or fact is None or fact["pid"] != holder["pid"] or fact["at"] < holder["started"]:
-        return  # it has just started
-    _, stuck = read_heartbeat(fact, time.time())
-    if stuck:
+    holder = read_holder(layout.lock)
+    _, stuck = read_heartbeat(beat_of(holder, ledger.get("heartbeat")), time.time())
+    if holder is not None and stuck:
         pid = holder["pid"]
         raise OnwardError(
             f"the request was made, but {stuck}",

@@ -41,6 +41,15 @@ def is_held(lock: Path) -> bool:
     return False
 
 
+def beat_of(holder: dict[str, Any] | None, fact: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the last heartbeat if it may be the holder's; an earlier process's says nothing about one that has just
+    started, or whose work is too short for heartbeats.
+    """
+    if holder is None or fact is None:
+        return fact
+    return fact if fact["pid"] == holder["pid"] and fact["at"] >= holder["started"] else None
+
+
 def read_heartbeat(fact: dict[str, Any] | None, now: float) -> tuple[float | None, str | None]:
     """Return the seconds since the last beat and what is wrong, if anything; 0 if the clock was set back."""
     if fact is None:

@@ -78,9 +78,9 @@ class KeptTokenizer:
     def keep(self, loaded: LoadedTokenizer) -> None:
         """Store what was loaded from the folder, replacing what was stored before."""
         state, files = _state_place(self.layout, self._digest), _files_place(self.layout, self._digest)
-        remove_tree(state.parent)
-        remove_tree(files.parent)
-        with contextlib.suppress(OSError):  # on a full disk, it is loaded from its folder each time
+        with contextlib.suppress(OSError):  # the disk is full, or another process keeps it now: it is loaded again
+            remove_tree(state.parent)
+            remove_tree(files.parent)
             save_tokenizer_state(state, loaded.state)
             files.parent.mkdir()
             replace_checked(files, _packed(loaded.files))

@@ -10,17 +10,17 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from onward.errors import DamagedState, OnwardError, UsageError
+from onward.errors import DamagedState, OnwardError, Outdated, UsageError
 from onward.layout import RunLayout
-from onward.store.migrations import fill_in, migrate
+from onward.store.migrations import fill_in, is_newer, migrate
 from onward.store.waiting import TRY, Waiting, code_of, is_held_by_others
 from onward.text import quoted
 
 PASSING = {
     sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_CANTOPEN,
-    sqlite3.SQLITE_NOMEM,
+    sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_PROTOCOL,
 }  # fmt: skip
-"""SQLite errors that say nothing about the content: the disk is full or failing, or others use the file."""
+"""SQLite errors that say nothing about the content: the disk is full, failing or closed, or others use the file."""
 FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN}
 """SQLite errors that may mean that the disk has no room for the files of its log."""
 DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
@@ -51,6 +51,7 @@ def connect(
 
     Raises:
         DamagedState: it is gone, or not a database.
+        UsageError: this user may not read it or, unless `read_only`, may not write it.
         sqlite3.DatabaseError: the machine fails, or others hold it.
     """
     waiting = waiting or Waiting()
@@ -130,9 +131,18 @@ def _connect(address: str) -> sqlite3.Connection:
 
 def refusal(path: Path, error: sqlite3.DatabaseError) -> Exception:
     """Return what to raise for an SQLite error: the error itself if the machine, not the ledger, is at fault."""
+    if code_of(error) == sqlite3.SQLITE_READONLY and not _may_write(path):
+        hint = "Run this as the user who owns the run; onward doctor names what this user may not write."
+        return UsageError("this user may not write the ledger", where=path, hint=hint)
     if code_of(error) not in PASSING:
         return damaged(path, error)
     return error if path.exists() else RunLayout(path.parent).lost_ledger()
+
+
+def _may_write(path: Path) -> bool:
+    """Whether this user may write all that SQLite needs; an existing log is part of it."""
+    own = [place for name in ("", "-wal", "-shm") if (place := path.with_name(f"{path.name}{name}")).exists()]
+    return all(os.access(place, os.W_OK) for place in (path.parent, *own))
 
 
 def damaged(path: Path, error: BaseException) -> DamagedState:
@@ -196,15 +206,19 @@ class Database:
             self._connection.backup(target)
 
     def require_in_place(self) -> None:
-        """Raise if the file was removed, replaced or emptied under this process.
+        """Raise if the file was removed, replaced or emptied under this process, or changed by a newer release.
 
         Raises:
             DamagedState: it was; whatever is written now would be lost.
+            Outdated: a newer release brought its schema up to date, as an upgrade under a running process does.
         """
         if _identity(self.path) != self._identity:
             raise RunLayout(self.path.parent).lost_ledger()
         if not self.path.stat().st_size:
             raise RunLayout(self.path.parent).empty_ledger()
+        if is_newer(self.scalar("PRAGMA user_version")):
+            what = "a newer release has changed the ledger while this process ran"
+            raise Outdated(what, where=self.path, hint="Start another process; it goes on from the last commit.")
 
     def version(self) -> int:
         """Return a number that changes when another connection has written to the file since the last call."""

@@ -66,9 +66,9 @@ class Files(Ranges):
             FileRow, "SELECT * FROM files WHERE state = 'arriving' AND copy = '' ORDER BY priority DESC, id"
         )
 
-    def forget_announced(self, file_id: int) -> None:
-        """Forget a file that was seen in the inbox but changed or vanished before it was read."""
-        self.write("DELETE FROM files WHERE id = ? AND state = 'arriving' AND copy = ''", file_id)
+    def forget_arriving(self, file_id: int) -> None:
+        """Forget a file of the inbox that changed or vanished before it was read, or cannot be taken out of it."""
+        self.write("DELETE FROM files WHERE id = ? AND state = 'arriving' AND inbox IS NOT NULL", file_id)
 
     def count_attempt(self, file_id: int, by: int = 1) -> int:
         """Durably count the beginning of a check of a file (-1 takes it back); return how often one began."""

@@ -259,23 +259,52 @@ MIGRATIONS = (
 
 
 def migrate(connection: sqlite3.Connection) -> None:
-    """Bring a ledger's schema up to date, each migration in a transaction of its own.
+    """Bring a ledger's schema up to date, each migration in a transaction of its own; others may do so meanwhile.
 
     Raises:
         OnwardError: the ledger was written by a newer release.
+        sqlite3.OperationalError: others hold it, or the machine fails.
     """
+    if _known_version(connection) == len(MIGRATIONS):
+        return
+    connection.execute("PRAGMA foreign_keys = OFF")  # a table is rebuilt under its name, as SQLite advises
+    try:
+        while _migrate_once(connection):
+            pass
+    finally:
+        connection.execute("PRAGMA foreign_keys = ON")
+
+
+def _migrate_once(connection: sqlite3.Connection) -> bool:
+    """Apply the next migration, if there is one; return whether there was."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        version = _known_version(connection)  # read under the lock: another process may just have done the same
+        is_old = version < len(MIGRATIONS)
+        if is_old:
+            for statement in MIGRATIONS[version].split(";"):
+                connection.execute(statement)
+            connection.execute(f"PRAGMA user_version = {version + 1}")
+        connection.execute("COMMIT")
+    except BaseException:
+        connection.rollback()
+        raise
+    return is_old
+
+
+def is_newer(version: int) -> bool:
+    """Whether a schema is one that only a newer release knows."""
+    return version > len(MIGRATIONS)
+
+
+def _known_version(connection: sqlite3.Connection) -> int:
     version = int(connection.execute("PRAGMA user_version").fetchone()[0])
-    if version > len(MIGRATIONS):
+    if is_newer(version):
         raise OnwardError(
             f"the ledger has schema {version}, this release knows {len(MIGRATIONS)}",
             hint="pip install --upgrade onward",
         )
-    if version == len(MIGRATIONS):
-        return
-    connection.execute("PRAGMA foreign_keys = OFF")  # a table is rebuilt under its name, as SQLite advises
-    for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
-        connection.executescript(f"BEGIN IMMEDIATE;\n{script}\nPRAGMA user_version = {number};\nCOMMIT;")
-    connection.execute("PRAGMA foreign_keys = ON")
+    return version
 
 
 def fill_in(connection: sqlite3.Connection) -> bool:
@@ -285,9 +314,11 @@ def fill_in(connection: sqlite3.Connection) -> bool:
 
     Returns:
         Whether there are such views: they would hide what a migration adds later.
+
+    Raises:
+        OnwardError: the ledger was written by a newer release.
     """
-    version = int(connection.execute("PRAGMA user_version").fetchone()[0])
-    if version >= len(MIGRATIONS):
+    if _known_version(connection) == len(MIGRATIONS):
         return False
     with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as today:
         migrate(today)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from onward.curve import as_columns, read_curve
-from onward.errors import UsageError
+from onward.errors import UsageError, cannot_write
 from onward.layout import RunLayout
 from onward.store.curve import Span
 from onward.store.ledger import Ledger
@@ -45,7 +45,8 @@ def plot(layout: RunLayout, target: Path) -> tuple[int, bool]:
         an SVG, names stay text, for which the viewer finds fonts.
 
     Raises:
-        UsageError: unknown kind of file, nothing to draw, or matplotlib is not installed.
+        UsageError: unknown kind of file, nothing to draw, a place that cannot be written to, or no matplotlib.
+        NoSpace: the disk is full.
     """
     kind = target.suffix.lower().removeprefix(".")
     if kind not in FORMATS:
@@ -60,7 +61,7 @@ def plot(layout: RunLayout, target: Path) -> tuple[int, bool]:
         temporary.replace(target)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UsageError(f"the picture cannot be written: {error.strerror}", where=target) from None
+        raise cannot_write(error, target) from None
     return len(drawing.columns["step"]), is_whole
 
 

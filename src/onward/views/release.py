@@ -24,7 +24,7 @@ from onward.service.state.ownership import Ownership
 from onward.service.wishes import Wishes
 from onward.store.ledger import Ledger
 from onward.store.lookup import find_step
-from onward.text import printable
+from onward.text import printable, storable
 from onward.training.model.roundtrip import prove_roundtrip
 from onward.training.model.weights import save_weights
 from onward.training.state import digest_tensors
@@ -168,7 +168,7 @@ class Making:
         ]
         return {
             "name": order.name,
-            "notes": order.notes,
+            "notes": storable(order.notes),
             "created": ledger.clock(),
             "run": manifest.run,
             "step": manifest.step,

@@ -105,7 +105,7 @@ def watch(
     if stop.reason:
         say_stopped(opened, stop.reason, "watch")
     elif once and refused:
-        say(f"{refused} refused or quarantined; the reports are in {quoted(opened.layout.rejected)}")
+        say(f"{refused} refused, quarantined or left in the inbox; the reports are in {quoted(opened.layout.rejected)}")
         raise typer.Exit(3)
 
 

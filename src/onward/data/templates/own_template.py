@@ -14,6 +14,7 @@ from pathlib import Path
 
 from onward.data.templates.rendering import Renderer
 from onward.errors import ConfigError, ModelError
+from onward.layout import typed_path
 from onward.text import quoted
 
 KEY = "chat_template"
@@ -36,7 +37,7 @@ def find_template(value: str, root: Path, *others: Path) -> tuple[str, str]:
         ConfigError: there is no such template, or the file is not one.
     """
     copy = root / f"{Path(value).stem}{ENDING}"  # the file, or TRL, may be gone by now
-    found = (folder / Path(value).expanduser() for folder in (root, *others))
+    found = (folder / typed_path(value) for folder in (root, *others))
     path = next((path for path in (*found, copy) if path.is_file()), None)
     if path is not None:
         return _name_in(root, path), _checked(_read(path), path)

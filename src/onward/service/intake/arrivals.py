@@ -2,7 +2,8 @@
 
 A file given to a command is copied. A file of the inbox is first announced, which gives it its place in the queue
 whichever process reads it, then read, recorded and moved. It never overwrites another and is never lost: the ledger
-says where it comes from and where it goes before it moves, and the next start finishes what a kill interrupted.
+says where it comes from and where it goes before it moves, and the next start finishes what a kill interrupted. A
+file that the system does not let go stays in the inbox, and holds up neither the others nor the queue.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from onward.errors import Unreadable
 from onward.layout import RunLayout, entries
 from onward.service.intake.budget import BudgetSpent, Spending
 from onward.service.intake.folders import is_saved_dataset, joined
+from onward.service.intake.inbox import STUCK
 from onward.service.intake.names import plain_name, unused_name
 from onward.service.intake.reading import Changed, identity, is_regular, look, move_durably, read_whole
 from onward.service.intake.refusals import Refusal, keep_refused
@@ -33,6 +35,11 @@ MANY = 32
 """The number of files above which one flush of all disks is cheaper than one per file."""
 TOGETHER = 512
 """How many files of the inbox are announced, or recorded, in one transaction."""
+HELD_BACK = (errno.EPERM, errno.EACCES, errno.EBUSY)
+"""Errors of moving one file that say nothing about the others: it is immutable, it is a mount, or it belongs to another
+user and its folder is sticky."""
+AGAIN = 60.0
+"""Seconds after which such a file, unchanged, is tried again; until then it is not read."""
 
 Values = dict[str, Any]
 
@@ -97,7 +104,7 @@ class Arrivals:
         Raises:
             OSError: files cannot be taken out of the inbox.
         """
-        known = {row.inbox for row in self.ledger.announced()}
+        known = {row.inbox for row in self.ledger.announced()} | self._left_for_now()
         fresh: list[Values] = []
         for path, priority in found:
             name = path.relative_to(self.layout.inbox).as_posix()
@@ -107,7 +114,7 @@ class Arrivals:
             self._require_movable(path)
             if not _is_text(name):  # the ledger could not store its path
                 error = FileError("its name is not UTF-8", "rename it and put it into the inbox again")
-                self._refuse(path, Refusal.of_file(path.name, error))
+                self._refuse(path, Refusal.of_file(path.name, error))  # if it is stuck, there is no row to forget
                 continue
             values = {"name": plain_name(path.name), "sha256": "", "format": "", "copy": "", "inbox": name}
             values |= {"bytes": status.st_size, "seen": identity(status), "priority": priority}
@@ -136,7 +143,7 @@ class Arrivals:
             except BudgetSpent:
                 break
             except (Changed, FileNotFoundError):
-                self.ledger.forget_announced(row.id)
+                self.ledger.forget_arriving(row.id)
                 continue
             except FileError as error:
                 self.refuse_announced(row, Refusal.of_file(row.name, error))
@@ -149,13 +156,15 @@ class Arrivals:
             for number, values in recorded:
                 self.ledger.set_file(number, **values)
         self.complete([self.ledger.file(number) for number in arrived])
-        return [row for row in map(self.ledger.file, arrived) if row.state == "arriving"]
+        return [row for row in map(self.ledger.find, arrived) if row is not None and row.state == "arriving"]
 
     def refuse_announced(self, row: FileRow, refusal: Refusal) -> None:
         """Move a file that was not read from the inbox into `rejected/`."""
         assert row.inbox is not None
-        self._refuse(self.layout.dropped(row.inbox), refusal)
-        self.ledger.move_file(row.id, "rejected", note=refusal.lines()[0])
+        if self._refuse(self.layout.dropped(row.inbox), refusal):
+            self.ledger.move_file(row.id, "rejected", note=refusal.lines()[0])
+        else:
+            self.ledger.forget_arriving(row.id)
 
     # both
 
@@ -205,21 +214,28 @@ class Arrivals:
     def _move(self, row: FileRow, source: Path, copy: Path) -> None:
         there, here = look(copy), look(source)
         if there is not None:
-            if here is not None and here.st_dev != there.st_dev and self._is_as_recorded(row, source):
-                # copied from another disk and killed before the original was removed: the same file, not a second one
+            if here is not None and _may_be_copied(row, here, there) and self._is_as_recorded(row, source):
+                # copied from another mount and killed before the original was removed: the same file, not a second one
                 fsync_directory(copy.parent)
-                source.unlink()
+                try:
+                    source.unlink()
+                except OSError as error:
+                    self._leave(source, error)
             return
         if here is None or not self._is_as_recorded(row, source):
             self._let_go(row, "left the inbox before it was taken")
             return
         try:
-            move_durably(source, copy)
+            is_same_inode = move_durably(source, copy)
         except (Changed, FileNotFoundError):
             self._let_go(row, "changed while it was taken")
             return
+        except OSError as error:
+            self._leave(source, error)
+            self.ledger.forget_arriving(row.id)
+            return
         moved = look(copy)
-        if here.st_dev == copy.parent.stat().st_dev and (moved is None or identity(moved) != identity(here)):
+        if is_same_inode and (moved is None or identity(moved) != identity(here)):
             if moved is not None and look(source) is None:
                 copy.rename(source)  # swapped at the last moment: whatever it is, it was not checked
             self._let_go(row, "was exchanged while it was taken")
@@ -235,12 +251,38 @@ class Arrivals:
             self.ledger.move_file(row.id, "rejected", note=f"it {reason}")
             self.ledger.add_event("warning", f"{row.name} {reason}", kind="rejected")
 
-    def _refuse(self, path: Path, refusal: Refusal) -> None:
-        keep_refused(self.layout, path, refusal, self.ledger.clock(), move=True)
+    def _refuse(self, path: Path, refusal: Refusal) -> bool:
+        """Move a file of the inbox into `rejected/`; return False if it is stuck and stays."""
+        try:
+            keep_refused(self.layout, path, refusal, self.ledger.clock(), move=True)
+        except OSError as error:
+            self._leave(path, error)
+            return False
         self.ledger.add_event("warning", f"rejected: {refusal.lines()[0]}", kind="rejected")
+        return True
+
+    def _leave(self, path: Path, error: OSError) -> None:
+        """Note that a file of the inbox cannot be taken out of it, or raise what concerns more than this file."""
+        status = look(path)
+        is_its_own = error.errno in HELD_BACK and error.filename is not None and Path(error.filename) == path
+        if status is None or not is_its_own or not os.access(self.layout.archive, os.W_OK):
+            raise error
+        name = path.relative_to(self.layout.inbox).as_posix()
+        found = {"seen": identity(status), "why": error.strerror, "at": self.ledger.clock()}
+        with self.ledger.transaction():
+            self.ledger.put(**{STUCK: {**self.ledger.get(STUCK, {}), name: found}})
+
+    def _left_for_now(self) -> set[str]:
+        """Return the paths of stuck files that are not tried again yet; those that left or changed are forgotten."""
+        stuck: dict[str, Any] = self.ledger.get(STUCK, {})
+        here = {name: look(self.layout.inbox / name) for name in stuck}
+        kept = {name: known for name, known in stuck.items() if _is_as_seen(here[name], known)}
+        if kept != stuck:
+            self.ledger.put(**{STUCK: kept})
+        return {name for name, known in kept.items() if 0 <= self.ledger.clock() - known["at"] < AGAIN}
 
     def _require_movable(self, path: Path) -> None:
-        if not os.access(path.parent, os.W_OK):
+        if path.parent == self.layout.inbox and not os.access(path.parent, os.W_OK):
             raise PermissionError(errno.EROFS, "files cannot be taken out of the inbox", str(path.parent))
 
     def _below(self, target: Path) -> str:
@@ -254,6 +296,15 @@ def _named(path: Path) -> tuple[str, str]:
 def _copied(path: Path, writer: BinaryIO, spending: Spending) -> tuple[str, int]:
     digest, found = read_whole(path, spending, writer=writer, links=True)
     return digest, found.st_size
+
+
+def _may_be_copied(row: FileRow, here: os.stat_result, there: os.stat_result) -> bool:
+    """Whether a file in the archive may be a copy of one in the inbox; a bind mount has the same device number."""
+    return here.st_dev != there.st_dev or (here.st_ino != there.st_ino and identity(here) == row.seen)
+
+
+def _is_as_seen(status: os.stat_result | None, known: dict[str, Any]) -> bool:
+    return status is not None and identity(status) == known["seen"]
 
 
 def _is_text(name: str) -> bool:

@@ -11,14 +11,19 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from onward.errors import UsageError
 from onward.service.intake.writers import is_being_written
+from onward.text import printable
 
 PRIORITIES = {"high": 1, "normal": 0, "low": -1}
 """The ranks of priorities: folders of the inbox, and values of `--priority`."""
 IGNORED = (".part", ".partial", ".tmp", ".temp", ".crdownload", ".filepart", ".swp", "~")
 """Endings under which writers and editors keep unfinished files."""
+
+STUCK = "stuck"
+"""The ledger's fact with the files that could not be taken out of the inbox: by path, what was seen, why and when."""
 
 
 def require_priority(name: str) -> None:
@@ -29,6 +34,15 @@ def require_priority(name: str) -> None:
     """
     if name not in PRIORITIES:
         raise UsageError(f"there is no priority {name!r}", where="priority", hint=f"One of: {', '.join(PRIORITIES)}")
+
+
+def describe_stuck(stuck: dict[str, Any]) -> str | None:
+    """Return which files cannot be taken out of the inbox and why, in words; None if there are none."""
+    if not stuck:
+        return None
+    name, known = next(iter(stuck.items()))
+    others = f", and {len(stuck) - 1} more" if len(stuck) > 1 else ""
+    return printable(f"inbox/{name} cannot be taken out of it: {known['why']}{others}")
 
 
 @dataclass
@@ -110,7 +124,7 @@ class Inbox:
                 if not entry.is_dir(follow_symlinks=False):
                     result.append((entry, priority, f"{below}{entry.name}"))
                 elif below or entry.name not in PRIORITIES:
-                    strange.append(entry.name)
+                    strange.append(f"{below}{entry.name}")
         return result
 
     def _listed(self, folder: Path) -> list[os.DirEntry[str]]:

@@ -105,14 +105,17 @@ def _open(path: Path, links: bool) -> int:
         raise
 
 
-def move_durably(source: Path, target: Path) -> None:
-    """Move a file; between disks, by a copy that is durable before the source is removed.
+def move_durably(source: Path, target: Path) -> bool:
+    """Move a file; between mounts, by a copy that is durable before the source is removed.
 
-    A link is moved as a link. Any other special file has no content: between disks it is only removed.
+    A link is moved as a link. Any other special file has no content: between mounts it is only removed.
+
+    Returns:
+        Whether the target is the same file, and not a copy.
 
     Raises:
         Changed: it changed while it was copied; it stays, and no copy is left.
-        OSError: the machine cannot move it; the source stays.
+        OSError: the machine cannot move it; the source stays, and no copy is left.
     """
     try:
         source.rename(target)
@@ -120,10 +123,15 @@ def move_durably(source: Path, target: Path) -> None:
         if error.errno != errno.EXDEV:
             raise
         _copy_over(source, target)
-        fsync_directory(target.parent)
-        source.unlink()
-    else:
-        fsync_directory(target.parent)
+        try:
+            fsync_directory(target.parent)
+            source.unlink()
+        except OSError:
+            target.unlink(missing_ok=True)
+            raise
+        return False
+    fsync_directory(target.parent)
+    return True
 
 
 def _copy_over(source: Path, target: Path) -> None:

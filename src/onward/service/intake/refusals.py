@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import filecmp
 import json
 from collections.abc import Sequence
@@ -110,12 +109,19 @@ def keep_refused(layout: RunLayout, path: Path, refusal: Refusal, now: float, *,
     report = {"file": refusal.name, "problem_count": refusal.problem_count, "unit": refusal.unit}
     report |= {"rejected": now, "problems": refusal.problems}
     report |= {"way_out": refusal.way_out} if refusal.way_out else {}
+    is_new = look(report_of(target)) is None
     replace_json(report_of(target), report)
     if not move and look(target) is None:
         _keep_copy(path, target)
     elif move and look(path) is not None:
-        with contextlib.suppress(Changed):  # it is still being written: it stays where it is
+        try:
             move_durably(path, target)
+        except Changed:  # it is still being written: it stays where it is
+            pass
+        except OSError:
+            if is_new:  # a report says that the file is next to it
+                report_of(target).unlink(missing_ok=True)
+            raise
     return report_of(target)
 
 

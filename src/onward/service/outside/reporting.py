@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import shlex
 import subprocess
 import time
@@ -16,7 +17,8 @@ import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterable
 from logging.handlers import RotatingFileHandler
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 from onward.config import NotifyConfig
 from onward.events import Note
@@ -45,7 +47,21 @@ def _kind_told(event: EventRow) -> str | None:
     return "failed" if event.kind == "quarantined" else event.kind
 
 
+def _is_at(file: IO[str], path: Path) -> bool:
+    """Whether an open file is the one at a path."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
+
+
 class _Log(RotatingFileHandler):
+    def emit(self, record: logging.LogRecord) -> None:
+        stream: IO[str] | None = self.stream
+        if stream is not None and not _is_at(stream, Path(self.baseFilename)):  # others removed or rotated it
+            self.close()
+        super().emit(record)
+
     def handleError(self, record: logging.LogRecord) -> None:  # a full disk must not fill the terminal too
         del record
 

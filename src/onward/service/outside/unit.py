@@ -25,7 +25,7 @@ StartLimitIntervalSec=0
 
 [Service]
 Type=notify
-NotifyAccess=main
+NotifyAccess={notifiers}
 {user}
 UMask={umask:04o}
 {environment}ExecStart={python} -P -m onward watch --run {run}{devices}
@@ -52,7 +52,7 @@ ProtectControlGroups=yes
 ProtectKernelModules=yes
 ProtectKernelTunables=yes
 LockPersonality=yes
-RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
+RestrictAddressFamilies={families}
 RestrictRealtime=yes
 RestrictSUIDSGID=yes
 SystemCallArchitectures=native
@@ -67,6 +67,8 @@ THREADS = "OMP_NUM_THREADS"
 """The variable with the number of threads, on which bits depend."""
 GPUS = "CUDA_VISIBLE_DEVICES"
 """The variable with the GPUs that a process sees; with no value, none."""
+FAMILIES = "AF_UNIX AF_INET AF_INET6"
+"""Families of addresses that a daemon uses; ranks also look for the machine's networks with AF_NETLINK."""
 TEMPORARY = (Path("/tmp"), Path("/var/tmp"))
 """What PrivateTmp replaces."""
 
@@ -123,14 +125,17 @@ def systemd_unit(
     account = _account(run, user, host.uid)
     in_temporary = any(path.is_relative_to(place) for path in (run, run.resolve()) for place in TEMPORARY)
     variables = {**host.kept, **({THREADS: threads} if threads else {}), **({GPUS: ""} if on_cpu else {})}
+    is_alone = devices == "1"  # otherwise rank 0, a child of the main process, is what notifies
     return UNIT.format(
+        notifiers="main" if is_alone else "all",
+        families=FAMILIES if is_alone else f"{FAMILIES} AF_NETLINK",
         description=_plain(str(run)),
         user="\n".join(_user_lines(account, run)),
         umask=host.umask,
         environment="".join(f"Environment={_escaped(f'{name}={value}')}\n" for name, value in variables.items()),
         python=_program(host.python),
         run=_escaped(str(run)).replace("$", "$$"),
-        devices="" if devices == "1" else f" --devices {devices}",
+        devices="" if is_alone else f" --devices {devices}",
         directory=_plain(str(run)),
         writable="\n".join(f"ReadWritePaths={_escaped(path)}" for path in _writable(run, account, host.environment)),
         private_tmp="no" if in_temporary else "yes",

@@ -17,7 +17,7 @@ from onward.errors import is_out_of_space
 from onward.service.intake.arrivals import TOGETHER
 from onward.service.intake.budget import Budget
 from onward.service.intake.checking import Intake
-from onward.service.intake.inbox import Inbox
+from onward.service.intake.inbox import STUCK, Inbox, describe_stuck
 from onward.service.intake.watcher import POLL_SECONDS, Watcher
 from onward.service.owner.alongside.checker import Checker
 from onward.service.owner.owned import Owned
@@ -73,7 +73,7 @@ class Incoming:
     @property
     def problem(self) -> str | None:
         """Why files cannot be taken in, if they cannot."""
-        return self._inbox_problem or self._checker.problem
+        return self._inbox_problem or describe_stuck(self._ledger.get(STUCK, {})) or self._checker.problem
 
     @contextlib.contextmanager
     def watching(self) -> Generator[None]:
@@ -117,12 +117,12 @@ class Incoming:
         self._checker.is_running()
         self._take_intents(between_steps)
         self._scan(between_steps, all_or_none)
-        self._report(self.problem)
-        if self._ledger.next_arriving() is None:
-            return
         budget = Budget() if between_steps else None
         if self._inbox is not None and self._inbox_problem is None:
             self._bring_in(budget)
+        self._report(self.problem)
+        if self._ledger.next_arriving() is None:
+            return
         seconds = Budget.seconds if between_steps else SECONDS
         row = self._intake.check_ahead(seconds=seconds, budget=budget, leaves=self._is_too_much)
         self._owned.heartbeat.moved()

@@ -19,15 +19,21 @@ FULL_DISK = 2.0
 
 
 class Recovery:
-    """Counts failures in a row and waits longer after each."""
+    """Counts failures in a row and waits longer after each.
+
+    While a disk is full, the next one comes after two seconds, for a night perhaps: `status` shows each, but events,
+    log and notifications have only the first of its kind, the 2nd, 4th, 8th and so on.
+    """
 
     def __init__(self, owned: Owned) -> None:
         self._owned = owned
         self._failures = 0
+        self._told: set[tuple[type[Exception], int | None]] = set()
 
     def succeeded(self) -> None:
         """Note that something succeeded: the next failure counts as the first one again."""
         self._failures = 0
+        self._told.clear()
 
     def outlive(self, error: Exception, *, full: bool) -> None:
         """Report what failed and wait; a repaired config or a wish ends the wait.
@@ -44,7 +50,11 @@ class Recovery:
             what = "the ledger cannot be written: the disk is full, or a quota is used up"
         problem = f"{what}{place}; {again}"
         self._owned.shown.set(PAUSED if full else FAILED, problem)
-        self._owned.record("error", problem, "failed")
+        kind = (type(error), getattr(error, "errno", None))
+        is_power_of_two = self._failures & (self._failures - 1) == 0
+        if is_power_of_two or kind not in self._told:
+            self._told.add(kind)
+            self._owned.record("error", problem, "failed")
         self._rest(seconds)
 
     def after_death(self, crash: Crash | None) -> None:

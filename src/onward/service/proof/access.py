@@ -10,6 +10,7 @@ from onward.layout import LEDGER, RunLayout
 from onward.text import printable, quoted
 
 FILES = (LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", ".lock", ".intake.lock", ".intake.lock.turn", "logs/onward.log")
+REMOUNT = "Its disk is mounted read-only: mount it for writing"
 SHOWN = 5
 """How many of them are named."""
 
@@ -34,11 +35,16 @@ def in_words(layout: RunLayout, closed: list[Path]) -> str:
 
 def way_to_write(layout: RunLayout, closed: list[Path]) -> str:
     """Return what lets this user write there."""
-    if os.statvfs(layout.root).f_flag & os.ST_RDONLY:
-        return "Its disk is mounted read-only: mount it for writing"
+    if is_read_only(layout.root):
+        return REMOUNT
     if any(path.stat().st_uid != os.geteuid() for path in closed):
         return f"sudo chown -R {user_name(os.geteuid())} {quoted(layout.root)}"
     return f"chmod -R u+rwX {quoted(layout.root)}"
+
+
+def is_read_only(path: Path) -> bool:
+    """Whether the disk of a path is mounted read-only."""
+    return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
 
 
 def user_name(uid: int) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from onward.atomic import TEMPORARY_PREFIX, fsync_file, publish_directory, remove_tree
 from onward.config import Config
 from onward.errors import ConfigError, DamagedState, UsageError
-from onward.layout import RunLayout
+from onward.layout import RunLayout, typed_path
 from onward.store.ledger import Ledger
 from onward.text import how_many
 from onward.training.model.base import OWN_ADAPTER, OWN_BASE, TOKENIZER_FILES, TOKENIZER_MARK
@@ -192,7 +192,7 @@ def _read_start(config: Config) -> StartAdapter:
         raise ConfigError(what, where="tokens", hint=hint)
     from onward.training.model.start_adapter import read_start_adapter
 
-    return read_start_adapter(Path(config.adapter).expanduser().resolve())
+    return read_start_adapter(typed_path(config.adapter).resolve())
 
 
 def _with_start(config: Config, start: StartAdapter) -> Config:

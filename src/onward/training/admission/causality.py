@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any, cast
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from onward.training.admission.inputs import LONG, others, rows, tokens
 from onward.training.device.environment import HALF, autocast
+from onward.training.device.memory import read_usage
 
 TOLERANCE = 1e-5
 """The change of an earlier logit, relative to the spread of the logits, up to which it is rounding."""
@@ -18,28 +19,35 @@ PLACES = 5
 """How many tokens of a longer row are tried."""
 LARGEST = 2_000_000_000
 """The number of weights up to which a model is checked in float32 whatever its type: rounding hides small effects."""
+ROOM = 0.5
+"""The share of a GPU's free memory that a larger model may take in float32."""
 
 
 @contextlib.contextmanager
-def as_float32(model: nn.Module) -> Generator[None]:
-    """Let a model compute in float32 in the body, if that fits; it gets its own weights back.
+def as_float32(model: nn.Module) -> Generator[bool]:
+    """Let a model compute in float32 in the body, if that fits, and yield whether it does.
 
-    What the body writes into a weight stays there.
+    It gets its own weights back, but what the body writes into a weight stays there.
     """
     tensors = [*model.parameters(), *model.buffers()]
     lower = [tensor for tensor in tensors if tensor.dtype in HALF]
-    if sum(tensor.numel() for tensor in tensors) > LARGEST:
-        lower = []
-    own = [tensor.data for tensor in lower]
-    for tensor in lower:
-        tensor.data = tensor.data.float()
-    versions = [tensor._version for tensor in lower]
+    fits = sum(tensor.numel() for tensor in tensors) <= LARGEST or _has_room(lower)
+    changed: list[tuple[torch.Tensor, torch.Tensor, int]] = []
     try:
-        yield
+        for tensor in lower if fits else []:
+            own, tensor.data = tensor.data, tensor.data.float()
+            changed.append((tensor, own, tensor._version))
+        yield fits
     finally:
-        for tensor, data, version in zip(lower, own, versions, strict=True):
-            is_own = tensor._version == version and _equal_ends(tensor.data, data)
-            tensor.data = data if is_own else tensor.data.to(data.dtype)
+        for tensor, own, version in changed:
+            is_own = tensor._version == version and _equal_ends(tensor.data, own)
+            tensor.data = own if is_own else tensor.data.to(own.dtype)
+
+
+def _has_room(lower: Sequence[torch.Tensor]) -> bool:
+    """Whether a GPU has room for these tensors in float32."""
+    usage = read_usage(lower[0].device) if lower and lower[0].device.type == "cuda" else None
+    return usage is not None and sum(4 * tensor.numel() for tensor in lower) <= ROOM * usage.free
 
 
 def _equal_ends(one: torch.Tensor, other: torch.Tensor) -> bool:

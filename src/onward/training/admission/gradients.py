@@ -108,6 +108,16 @@ def difference(expected: Gradients, actual: Gradients) -> float:
     return max(found) if all(map(math.isfinite, found)) else math.inf
 
 
+def pooled_difference(expected: Gradients, actual: Gradients) -> float:
+    """Return the relative difference of all gradients taken together; infinity if one is missing or not finite."""
+    if expected.of.keys() != actual.of.keys():
+        return math.inf
+    squares = sum(float((actual.of[name] - gradient).norm()) ** 2 for name, gradient in expected.of.items())
+    size = sum(float(gradient.norm()) ** 2 for gradient in expected.of.values())
+    found = math.sqrt(squares / max(size, 1e-30))
+    return found if math.isfinite(found) else math.inf
+
+
 def _take(model: nn.Module, loss: float) -> Gradients:
     taken = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     model.zero_grad(set_to_none=True)

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from onward.config import Config
-from onward.data.plan.loader import Batch
-from onward.training.admission import gradients, reach
+from onward.training.admission import reach
 from onward.training.admission.causality import as_float32, looks_ahead
+from onward.training.admission.gradients import row_by_row
 from onward.training.admission.inputs import LONG, SHORT, rows
+from onward.training.admission.rounding import Compared, compare, rows_alone
 from onward.training.admission.small.narrow import lower_choices, still
 from onward.training.device.errors import is_of_the_device
 from onward.training.model.load import causal_lm
@@ -46,7 +47,8 @@ def reached_by_long_rows(spec: ModelSpec, model: nn.Module, vocabulary: range, r
     if not reach.without_gradient(trained, found) or (spec.device.type == "cpu" and cost > COST):
         return found
     try:
-        found |= _row_by_row(spec, model, rows([longest], vocabulary)).of.keys()
+        row = rows([longest], vocabulary)
+        found |= row_by_row(model, row, spec.device, spec.dtype, exact=spec.config.deterministic).of.keys()
     except Exception as error:  # it has fewer positions, which is reported later
         if is_of_the_device(error):
             raise
@@ -70,8 +72,8 @@ def causal_length(spec: ModelSpec, model: nn.Module, vocabulary: range) -> int |
     return (limit or low) if high else None
 
 
-def filling_difference(spec: ModelSpec, model: nn.Module, vocabulary: range, *, by_length: bool) -> float:
-    """Return the relative difference of a step's gradients from those of its single rows, including a long one.
+def compare_filled(spec: ModelSpec, model: nn.Module, vocabulary: range, *, by_length: bool) -> Compared:
+    """Compare the gradients of a step with those of its single rows, including a long one.
 
     Args:
         by_length: whether rows are computed only with others of the same length, so that none is padded.
@@ -80,13 +82,7 @@ def filling_difference(spec: ModelSpec, model: nn.Module, vocabulary: range, *, 
     lengths = [max(SHORT, int(share * longest)) for share in SHARES]
     batch = rows([*lengths, *(lengths[-2:] if by_length else ())], vocabulary)  # rows of one length do not mix either
     with still(model):
-        expected = _row_by_row(spec, model, batch)
-        actual = gradients.of_step(model, batch, spec.config, spec.device, spec.dtype, by_length=by_length)
-    return gradients.difference(expected, actual)
-
-
-def _row_by_row(spec: ModelSpec, model: nn.Module, batch: Batch) -> gradients.Gradients:
-    return gradients.row_by_row(model, batch, spec.device, spec.dtype, exact=spec.config.deterministic)
+        return compare(spec, model, batch, rows_alone(spec, model, batch), by_length=by_length)
 
 
 def _looks_ahead(model: nn.Module, vocabulary: range, length: int, device: torch.device) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, cast
 from onward.config import Config
 from onward.digest import sha256_json, xxh3_file
 from onward.errors import ModelError, first_line
+from onward.layout import typed_path
 from onward.text import quoted
 from onward.training.model.embedded import EMBEDDED, cache_directory, ensure_embedded, find_embedded
 
@@ -52,7 +53,7 @@ def resolve_base(
         return found
     if name in EMBEDDED:
         return ensure_embedded(name, cache_directory(), report=report)
-    path = Path(name).expanduser()
+    path = typed_path(name)
     if (path / ADAPTER_CONFIG).is_file():
         raise _is_adapter(path)
     if path.is_dir():
@@ -99,7 +100,7 @@ def find_here(name: str, *, root: Path | None = None) -> Path | None:
     """
     if name in EMBEDDED:
         return find_embedded(name, cache_directory())
-    path = Path(name).expanduser()
+    path = typed_path(name)
     places = [path] if root is None else [root / path, path]
     return next((place.resolve() for place in places if (place / "config.json").is_file()), None)
 

@@ -94,8 +94,14 @@ class Watch:
             raise self._lost(self._problem)
 
     def blame(self, error: BaseException) -> RankLost:
-        """Return the error for a broken connection, which names the rank that is gone, if that is known."""
+        """Return the error for a broken connection, which names the rank that is gone, if that is known.
+
+        Raises:
+            Released: rank 0 has ended, and closed its connections.
+        """
         self._wait_for_gone()
+        if self._is_released and self._problem is None:
+            raise Released
         return self._lost(self._problem or f"the connection to another rank broke: {first_line(error)}")
 
     def explain(self, error: RankLost) -> RankLost:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +20,7 @@ from onward.training.layers.recording import sharing_recorder
 from onward.training.seeds import fold, seeded
 from onward.training.state import TrainState
 from onward.training.steps.loss import TargetLoss, add_gradients
-from onward.training.steps.memory import USABLE, Profile, crude_bytes, largest_part, profile_of
+from onward.training.steps.memory import USABLE, Polynomial, Profile, crude_of, largest_part, profile_of
 from onward.training.steps.recorded_parts import RecordedParts
 
 ROOMY = 0.75
@@ -50,8 +51,8 @@ class Learned:
     """The recordings, once there are some."""
     loss: TargetLoss | None = None
     recomputation: Recomputation | None = None
-    crude: int | None = None
-    """What was found by walking through the model's modules: its loss, its layers, and what a token takes at most."""
+    crude: Polynomial | None = None
+    """What was found by walking through the model's modules: its loss, its layers, and what a part takes at most."""
 
 
 class Economy:
@@ -156,14 +157,14 @@ class Economy:
         if sizes is not None:
             lengths.append(sizes.tokens - sum(lengths))
         usage = self.learned.read(self._device)
-        if usage is None or self._crude_bytes() * sum(lengths) <= ROOMY * usage.free:
+        if usage is None or self._crude(lengths) <= ROOMY * usage.free:
             return True
         return self.profile.estimate(lengths).total <= USABLE * usage.available
 
-    def _crude_bytes(self) -> int:
+    def _crude(self, lengths: Sequence[int]) -> int:
         if self.learned.crude is None:
-            self.learned.crude = crude_bytes(self._state.model)
-        return self.learned.crude
+            self.learned.crude = crude_of(self._state.model, padded=self._loss.layout.padded)
+        return self.learned.crude(lengths)
 
     def _is_exact(self) -> bool:
         known = self.learned.exact

@@ -42,7 +42,10 @@ weights (`bench/memory.py`). In memory that CUDA's allocator reports as allocate
 LIBRARIES = {"full": 60_000_000, "adapter": 60_000_000, "4-bit": 110_000_000}
 """What libraries take on first use on a CPU, and what is left of loading."""
 CRUDE = 8
-"""The most bytes that a token leaves, in usual models, per feature that goes into or out of a linear layer."""
+"""The most bytes that a token leaves, in usual models, per feature that goes into or out of a linear layer, those of
+chosen experts included."""
+SCORE = 12
+"""The most bytes that attention leaves for each of its scores, where it keeps them: scores, mask and product."""
 
 
 @dataclass(frozen=True)
@@ -252,14 +255,24 @@ def _trained_in(head: object) -> list[nn.Parameter]:
     return [weight for weight in head.parameters() if weight.requires_grad] if isinstance(head, nn.Module) else []
 
 
-def crude_bytes(model: nn.Module) -> int:
-    """Return an upper bound of the bytes that a token of a part keeps in usual models, without computing anything."""
-    features = sum(
-        weight.shape[0] + weight.shape[1]
-        for part in model.modules()
-        if isinstance(part, nn.Linear) and (weight := part.weight).dim() == 2
+def crude_of(model: nn.Module, *, padded: bool) -> Polynomial:
+    """Return an upper bound of the bytes that a part keeps in usual models, without computing anything.
+
+    Args:
+        padded: whether rows are padded: then attention is the model's own, which may keep its scores.
+    """
+    config: Any = cast(Any, causal_lm(model).config).get_text_config()
+    chosen, heads, layers = (
+        getattr(config, key, None) for key in ("num_experts_per_tok", "num_attention_heads", "num_hidden_layers")
     )
-    return CRUDE * features
+    apart = (part for part in model.modules() if not isinstance(part, nn.Embedding))
+    shapes = [weight.shape for part in apart for weight in part.parameters(recurse=False)]
+    # GPT-2 has linear layers of its own class, and stacked experts are weights of their own
+    features = sum(sum(shape) for shape in shapes if len(shape) == 2)
+    features += sum((chosen or shape[0]) * sum(shape[1:]) for shape in shapes if len(shape) == 3)
+    drops = any(getattr(config, key, None) for key in ("attention_dropout", "attn_pdrop"))
+    scores = heads * layers if isinstance(heads, int) and isinstance(layers, int) and (padded or drops) else 0
+    return Polynomial(0.0, float(CRUDE * features), float(SCORE * scores))
 
 
 def fits(estimate: Estimate, usage: Usage | None) -> bool:

@@ -10,11 +10,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from onward.errors import OnwardError, UsageError
-from onward.layout import RunLayout
+from onward.layout import RunLayout, typed_path
 from onward.service.holder import is_held
 from onward.startup import Ended
 from onward.terminal import say, show_text
@@ -27,7 +26,7 @@ from onward.views.points import hold, state_mark
 
 HELP = """/reset            begin a new conversation
 /system TEXT      set the system message (without TEXT: the template's own) and begin anew
-/at FILE|STEP     go on with another state of the run; the conversation stays
+/at [FILE|STEP]   stay at another state of the run, or go on with the newest; the conversation stays
 /save [FILE]      save the conversation as a training row: in inbox/, or at the end of a .jsonl file
 /help             this
 /quit             end (as Ctrl-D); Ctrl-C ends an answer"""
@@ -66,6 +65,8 @@ class Chat:
         self._layout, self._asking, self._give_way = layout, asking, give_way
         self._open = ExitStack()
         self._columns: list[Column] = []
+        self._follows = asking.refresh
+        """Whether newer commits are switched to: not while the user stays at a state that was named."""
         self._mark = state_mark(layout) if asking.refresh else None
         try:
             self._yield_to_training()
@@ -167,21 +168,24 @@ class Chat:
             raise UsageError(
                 "two states are being compared", where="/at", hint="Start again: onward chat --compare A B"
             )
+        follows = self._asking.refresh and not at
         try:
+            mark = state_mark(self._layout) if follows else None
             with hold(self._layout, at or None) as point:
                 self._columns[0].engine.move_to(self._layout, point)
         except OnwardError as error:
             raise UsageError(error.what, where=error.where, hint=error.hint) from None
+        self._follows, self._mark = follows, mark
         self._introduce()
 
     def _save(self, name: str) -> None:
-        saved = save_row(self._columns[0].row(), self._layout, Path(name).expanduser() if name else None)
+        saved = save_row(self._columns[0].row(), self._layout, typed_path(name) if name else None)
         which = f" of {printable(self._columns[0].engine.loaded.label)}" if len(self._columns) > 1 else ""
         say(f"saved the conversation{which} in {quoted(saved)}")
 
     def _refresh(self) -> None:
         """Switch to the newest commit; if it cannot be loaded, report that and keep the state in memory."""
-        if not self._asking.refresh or (mark := state_mark(self._layout)) == self._mark:
+        if not self._follows or (mark := state_mark(self._layout)) == self._mark:
             return
         self._mark = mark
         try:

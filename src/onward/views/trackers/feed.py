@@ -83,8 +83,21 @@ class Feed:
             return self._tracker
         cursor = self.cursor
         tracker = self._tracker = self._open(cursor.run_id)
-        self._ledger.keep_tracker(replace(cursor, run_id=tracker.id, step=_received(cursor, tracker.held())))
+        self._ledger.keep_tracker(replace(cursor, run_id=tracker.id, step=self._received(cursor, tracker.held())))
         return tracker
+
+    def _received(self, cursor: TrackerRow, held: Held | None) -> int:
+        """Return the last step that a tracker has of the run as it is, by what it says and what the ledger knows."""
+        if held is None or held.rollbacks > cursor.rollbacks:
+            return cursor.step
+        if not held.is_all:
+            return max(held.step, cursor.step) if held.rollbacks == cursor.rollbacks else cursor.step
+        lost = cursor.rollbacks - held.rollbacks
+        if lost == 0:
+            return held.step
+        # it lost all that replaced what was undone: if more than once, maybe from the deepest rollback on
+        steps = [cursor.since] if lost == 1 else [rewind.step for rewind in self._ledger.rewinds_after(0)]
+        return min(held.step, cursor.step, *steps)
 
     def _go_back(self, tracker: Tracker, cursor: TrackerRow) -> TrackerRow:
         """Follow the run back if it was rolled back past what the tracker received."""
@@ -126,17 +139,6 @@ class Feed:
                 tracker.close()
             except Exception:  # its failure was already reported
                 return
-
-
-def _received(cursor: TrackerRow, held: Held | None) -> int:
-    """Return the last step that a tracker has of the run as it is, by what it says and what the ledger knows."""
-    if held is None or held.rollbacks > cursor.rollbacks:
-        return cursor.step
-    if not held.is_all:
-        return max(held.step, cursor.step) if held.rollbacks == cursor.rollbacks else cursor.step
-    if held.rollbacks == cursor.rollbacks:
-        return held.step
-    return min(held.step, cursor.since, cursor.step)  # it lost all that replaced what was undone
 
 
 def _values(row: FileRow, record: StepRecord) -> dict[str, float]:

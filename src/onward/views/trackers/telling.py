@@ -111,12 +111,15 @@ def tell(feed: Feed, ledger: Ledger) -> str | None:
     return reason
 
 
-def close(feed: Feed, ledger: Ledger) -> None:
-    """Close a tracker; a failure of that is recorded too."""
+def close(feed: Feed, ledger: Ledger) -> str | None:
+    """Close a tracker, which may send its last points only now; return why that failed, or None. That is recorded."""
     try:
         feed.close()
     except Exception as error:
-        _note(feed, ledger, _reason(error))
+        reason = _reason(error)
+        _note(feed, ledger, reason)
+        return reason
+    return None
 
 
 def tell_once(layout: RunLayout, names: list[str], find: Find = find_tracker) -> dict[str, str | None]:
@@ -137,8 +140,8 @@ def tell_once(layout: RunLayout, names: list[str], find: Find = find_tracker) ->
     with lock, open_ledger(layout) as ledger:
         for name in names:
             feed = make_feed(layout, ledger, name, find)
-            results[name] = tell(feed, ledger)
-            close(feed, ledger)
+            failure, late_failure = tell(feed, ledger), close(feed, ledger)
+            results[name] = failure or late_failure
     return results
 
 
@@ -167,7 +170,7 @@ def _follow(layout: RunLayout, ended: threading.Event, find: Find, seconds: floa
                 telling[name] = Telling(layout, name, find=find, seconds=seconds)
                 telling[name].start()
         for name in telling.keys() - set(settings.current.track):
-            telling.pop(name).end()
+            telling[name].end()  # kept: named again, it is begun again only once this thread has ended
         if is_last:
             break
         ended.wait(seconds)

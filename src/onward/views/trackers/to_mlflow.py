@@ -61,7 +61,7 @@ class MlflowTracker:
         found = self._client.get_experiment_by_name(name)
         if found is not None:
             return found.experiment_id
-        place = None if "MLFLOW_TRACKING_URI" in os.environ else (run.folder / "artifacts").absolute().as_uri()
+        place = None if os.environ.get("MLFLOW_TRACKING_URI") else (run.folder / "artifacts").absolute().as_uri()
         return self._client.create_experiment(name, artifact_location=place)
 
     def _known(self, run_id: str | None) -> str | None:

@@ -43,7 +43,7 @@ class TrackioTracker:
         """Write or send the points."""
         if self._client is not None:
             for point in points:
-                self._client.log(dict(point.values), step=point.number)
+                self._client.log(_named(point), step=point.number)
             return
         from trackio.sqlite_storage import SQLiteStorage
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from onward.config.text import read_config
 from onward.errors import UsageError
-from onward.layout import LEDGER, MANIFEST, RunLayout
+from onward.layout import LEDGER, MANIFEST, RunLayout, typed_path
 from onward.service.outside.elastic import Devices, read_devices
 from onward.service.outside.unit import THREADS, Host
 from onward.text import how_many, printable, quoted
@@ -153,5 +153,5 @@ def _environment(layout: RunLayout) -> Mapping[str, Any]:
 
 def _base_elsewhere(layout: RunLayout) -> Path | None:
     """Return the folder of the base model if the config names one outside the run."""
-    base = Path(read_config(layout.config).model).expanduser()
+    base = typed_path(read_config(layout.config).model)
     return base if base.is_absolute() and base.is_dir() and not base.is_relative_to(layout.root.absolute()) else None

@@ -6,7 +6,7 @@ import contextlib
 import sqlite3
 from collections.abc import Callable, Iterator
 
-from onward.errors import DamagedState, OnwardError, UsageError
+from onward.errors import OnwardError, UsageError
 from onward.layout import RunLayout
 from onward.service.proof.doctor import machine, model, process, state
 from onward.service.proof.doctor.finding import Finding
@@ -19,10 +19,10 @@ def examine(layout: RunLayout) -> list[Finding]:
     try:
         layout.require()
         _require_ledger(layout)
-    except DamagedState as error:
-        return [*findings, Finding("error", "ledger", error.what, error.hint)]
     except UsageError as error:
         return [*findings, Finding("warning", "run", f"{error.what}: {error.where}", error.hint)]
+    except OnwardError as error:  # damaged, or of a newer release
+        return [*findings, Finding("error", "ledger", error.what, error.hint)]
     checks: list[tuple[str, Callable[[RunLayout], Iterator[Finding]]]] = [
         ("config", model.check_config),
         ("identity", model.check_identity),

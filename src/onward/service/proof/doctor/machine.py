@@ -87,7 +87,7 @@ def check_ledger_disk(layout: RunLayout) -> Iterator[Finding]:
 def check_disk(layout: RunLayout) -> Iterator[Finding]:
     """Report whether there is room for the next checkpoints."""
     free = shutil.disk_usage(layout.root).free
-    needed = sum(path.stat().st_size for newest in layout.checkpoints()[:1] for path in newest.iterdir())
+    needed = _size_of_newest(layout)
     config = _config_or_defaults(layout)
     kept = (config.keep_boundaries + 1) * needed
     message = (
@@ -102,6 +102,19 @@ def check_disk(layout: RunLayout) -> Iterator[Finding]:
         level, hint = "warning", "Free some space, or lower keep_boundaries"
     yield Finding(level, "disk", message, hint)
     yield from _inodes(layout)
+
+
+def _size_of_newest(layout: RunLayout) -> int:
+    """Return the bytes of the newest checkpoint; 0 if there is none."""
+    newest = next(iter(layout.checkpoints()), None)
+    if newest is None:
+        return 0
+    try:
+        return sum(path.stat().st_size for path in newest.iterdir())
+    except FileNotFoundError:
+        if newest.exists():
+            raise
+        return _size_of_newest(layout)  # a newer one replaced it
 
 
 def _inodes(layout: RunLayout) -> Iterator[Finding]:

@@ -39,10 +39,12 @@ def check_access(layout: RunLayout) -> Iterator[Finding]:
 
 
 def check_checkpoints(layout: RunLayout) -> Iterator[Finding]:
-    """Check every checkpoint and restore point, and that the newest is there."""
+    """Check every checkpoint and restore point, and that the newest is there; a process may commit meanwhile."""
     with Ledger(layout.ledger, read_only=True) as ledger:
         for folder in [*layout.checkpoints(), *layout.restore_points()]:
-            yield _checkpoint(folder, str(folder.relative_to(layout.root)), ledger)
+            found = _checkpoint(folder, str(folder.relative_to(layout.root)), ledger)
+            if found.level == "ok" or folder.exists():  # else it was removed, whole, while it was read
+                yield found
         moment.require_present(layout, ledger)
 
 
