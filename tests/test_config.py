@@ -115,7 +115,7 @@ def test_a_rate_may_be_written_in_any_way(text: str, tmp_path: Path) -> None:
         ({"betas": [True, 0.9]}, ["betas.0: True"]),
         ({"batch_size": 1.5}, ["batch_size: 1.5", "integer"]),
         ({"batch_size": None}, ["batch_size: None"]),
-        ({"lora": 5}, ["lora: 5"]),
+        ({"lora": 5}, ["lora: 5", "it is a section, whose keys are written with a dot, such as lora.rank"]),
         ({"lora.targets": []}, ["lora.targets is empty"]),
         ({"lora.dropout": 1.0}, ["lora.dropout: 1.0", "less than 1"]),
         ({"learning_rate": float("inf")}, ["learning_rate: inf"]),

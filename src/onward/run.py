@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from onward.events import Observe
 from onward.layout import RunLayout
-from onward.library.making import create, open_ledger, place_for_run
+from onward.library.making import create, defaults_of_torch, open_ledger, place_for_run
 from onward.library.owning import Loading, Owning, PathLike, Report, silent
 from onward.service import client
 from onward.service.intake.inbox import STUCK, require_priority
@@ -89,7 +89,7 @@ class Run(Owning):
             loading: as for `Run`.
         """
         layout = RunLayout(Path(directory))
-        with place_for_run(layout):
+        with place_for_run(layout), defaults_of_torch():
             with loading():
                 from onward.service.state.adopt import adopt
 

@@ -541,10 +541,9 @@ def test_an_adopted_run_can_be_moved(is_old: bool, saved: dict[str, Saved], file
 def test_adoption_tells_what_it_took_over(saved: dict[str, Saved], model: Path, tmp_path: Path) -> None:
     """`adopt` says what came from the checkpoint, what was set by hand, what is new and what is unknown."""
     layout = RunLayout(tmp_path / "run")
-    lines = adopt(saved["lora"].folder, layout, str(model), {"max_length": 128}, lambda _: None)
-    assert lines[0].startswith(
-        "from adapter_config.json: method lora, lora.rank 4, lora.alpha 8, lora.dropout 0.1, lora.targets "
-    )
+    settings = {"max_length": 128, "lora": {"dropout": 0.2}}
+    lines = adopt(saved["lora"].folder, layout, str(model), settings, lambda _: None)
+    assert lines[0].startswith("from adapter_config.json: method lora, lora.rank 4, lora.alpha 8, lora.targets ")
     assert (
         "from training_args.bin: batch_size 4 (4 rows per device, 1 accumulated, 1 device), gradient_accumulation 1, "
         "max_grad_norm 1, seed 42" == lines[1]
@@ -554,7 +553,7 @@ def test_adoption_tells_what_it_took_over(saved: dict[str, Saved], model: Path, 
         "total_steps 40, min_learning_rate 0, schedule linear" == lines[2]
     )
     assert "from optimizer.pt: weight_decay 0.1, betas 0.85 0.97, eps 1e-08" == lines[3]
-    assert "set by you: max_length 128" == lines[4]
+    assert "set by you: max_length 128, lora.dropout 0.2" == lines[4]
     assert (
         "defaults, for training_args.bin does not say: epochs 1; onward.yaml changes them before the first" in lines[5]
     )

@@ -1,10 +1,12 @@
-"""`deterministic: false`: what a run says from then on instead of `bitwise`, and when it says it no longer."""
+"""What bits do not depend on; `deterministic: false`: what a run says from then on instead of `bitwise`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import tiny
+import torch
+from states import assert_same_state
 
 from onward import Run
 
@@ -35,3 +37,19 @@ def test_a_run_without_determinism_says_so(model: Path, tmp_path: Path) -> None:
     run.train(files[3], tiny.write_jsonl(tmp_path / "last.jsonl", tiny.chat_rows(4, seed=9)))
     assert [*handovers, "not deterministic", "bitwise"] == [entry["handover"] for entry in run.history()]
     assert run.verify(deep=True).ok
+
+
+def test_bits_do_not_depend_on_what_the_caller_set_for_torch(model: Path, tmp_path: Path) -> None:
+    """A notebook may have turned gradients off or another type on; afterwards it has what it set."""
+    file = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.chat_rows(4))
+    settings = {"max_length": 256, "batch_size": 2, "lora": {"rank": 2, "dropout": 0.1}}
+    Run.create(tmp_path / "plain", str(model), **settings).train(file)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+            Run.create(tmp_path / "set", str(model), **settings).train(file)
+            assert not torch.is_grad_enabled()
+            assert (True, torch.float64) == (torch.is_autocast_enabled("cpu"), torch.get_default_dtype())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same_state(tmp_path / "plain", tmp_path / "set")

@@ -105,6 +105,15 @@ def _scalar(value: Any) -> str:
     return text.replace("e", ".0e") if has_no_point else text  # 1e-08 is a number only in YAML 1.2
 
 
+def flattened(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with the keys of sections written with a dot, however they are given."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = value if key in SECTIONS and isinstance(value, Mapping) else None
+        flat.update({key: value} if inner is None else {f"{key}.{name}": each for name, each in inner.items()})
+    return flat
+
+
 def _nested(values: Mapping[str, Any], where: object) -> dict[str, Any]:
     """Nest dotted keys and refuse unknown ones, each with the nearest valid name."""
     result: dict[str, Any] = {}
@@ -146,5 +155,8 @@ def _describe(problem: Any) -> str:
         allowed = [word.strip("'") for word in problem["ctx"]["expected"].replace(" or ", ", ").split(", ")]
         close = difflib.get_close_matches(value, allowed, n=1)
         near = f" (did you mean {close[0]!r}?)" if close else ""
+    if problem["type"] == "model_type":
+        first = next(name for name in known_keys() if name.startswith(f"{key}."))
+        message = f"it is a section, whose keys are written with a dot, such as {first}"
     shown = "its value" if key.partition(".")[0] in NEAR_SECRETS else repr(value)
     return f"{key}: {shown} is refused: {message[:1].lower()}{message[1:]}{near}"

@@ -53,8 +53,29 @@ def create(
         ModelError: the base model or its tokenizer is missing or unusable, or cannot be proven.
         UsageError: the directory is in use.
     """
-    with place_for_run(layout):
+    with place_for_run(layout), defaults_of_torch():
         _Making(layout, values, report, loading).make(later)
+
+
+@contextlib.contextmanager
+def defaults_of_torch() -> Generator[None]:
+    """Compute in the body as torch does by default, whatever the caller has set, such as `no_grad`.
+
+    A default device stays: a model that cannot be loaded for it is refused.
+    """
+    torch: Any = sys.modules.get("torch")
+    if torch is None:  # then nobody has set anything
+        yield
+        return
+    kind = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), contextlib.ExitStack() as stack:
+            for device in ("cpu", "cuda"):
+                stack.enter_context(torch.autocast(device, dtype=torch.bfloat16, enabled=False))
+            yield
+    finally:
+        torch.set_default_dtype(kind)
 
 
 class _Making:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from onward.config import Config
 from onward.layout import RunLayout
 from onward.library.controlled import Controlled
-from onward.library.making import open_ledger
+from onward.library.making import defaults_of_torch, open_ledger
 from onward.ranks import Place, Start
 from onward.service import client
 from onward.service.lock import RunLock
@@ -61,7 +61,7 @@ class Owning(Controlled):
         """
         with open_ledger(self.layout, None if wishes is None else wishes.waiting) as ledger:
             asked = ledger.last_request()  # later requests are meant for this process
-            with RunLock(self.layout.lock):
+            with RunLock(self.layout.lock), defaults_of_torch():
                 if same_moment:
                     require_same_moment(self.layout, ledger)
                 client.expire_requests(ledger, asked)

@@ -16,6 +16,7 @@ from typing import Any
 from onward.atomic import TEMPORARY_PREFIX, fsync_file, remove_temporaries
 from onward.config import Config
 from onward.config.schema import write_config
+from onward.config.text import flattened
 from onward.data.templates.own_template import keep_template, write_template
 from onward.errors import DamagedState, OnwardError, UsageError
 from onward.layout import RunLayout
@@ -75,6 +76,7 @@ def adopt(
         DamagedState: its moments do not fit its model.
         ModelError: the base model or its tokenizer is missing or cannot be loaded, or the adapter is of another kind.
     """
+    settings = flattened(settings)
     if layout.config.exists():
         what = "there is already a config in this directory"
         raise UsageError(what, where=layout.config, hint="Name another directory.")
