@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from onward.service.session import open_session
 from onward.service.state.commits import Commit
 from onward.service.state.reading import snapshot
 from onward.service.state.writer import Writer
+from onward.store.database import OPTIONS
 from onward.store.ledger import Ledger
 from onward.training.checkpoints.checkpoint import Manifest, inspect_checkpoint
 from onward.training.checkpoints.loading import load_state
@@ -109,6 +112,34 @@ def test_a_commit_says_what_it_did(run: Run, files: list[Path]) -> None:
     seen: list[Committed] = []
     run.train(files[1], observe=lambda event: seen.append(event) if isinstance(event, Committed) else None)
     assert [Committed(4, ("checkpoint-3",)), Committed(5, ("checkpoint-4",), "step-5")] == seen
+
+
+class Watched(sqlite3.Connection):
+    """A connection that notes the threads in which it executes something."""
+
+    def __init__(self, *given: Any, **options: Any) -> None:
+        super().__init__(*given, **options)
+        self.threads = set[str]()
+        MADE.append(self)
+
+    def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+        """Execute a statement."""
+        self.threads.add(threading.current_thread().name)
+        return super().execute(sql, *values)
+
+
+MADE: list[Watched] = []
+
+
+def test_a_commit_uses_no_connection_of_others(run: Run, files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its statements would hold the owner's view of the ledger, in which steps taken since would be missing."""
+    config = run.layout.config
+    config.write_text(config.read_text().replace("save_steps: 100", "save_steps: 1"))
+    MADE.clear()
+    monkeypatch.setitem(OPTIONS, "factory", Watched)
+    run.train(files[1])
+    used = [each.threads for each in MADE if "onward-writer" in each.threads]
+    assert [{"onward-writer"}] * len(used) == used != []
 
 
 def test_after_a_commit(run: Run) -> None:

@@ -156,13 +156,13 @@ def test_a_ledger_of_the_future_is_refused(ledger: Ledger) -> None:
 
     A process that has it open while a newer release changes it ends, so that a new process continues.
     """
-    ledger.require_in_place()
+    ledger.require_own_release()
     ledger.write(f"PRAGMA user_version = {len(MIGRATIONS) + 1}")
     for read_only in (False, True):
         with pytest.raises(OnwardError, match="pip install --upgrade onward"):
             Ledger(ledger.path, read_only=read_only)
     with pytest.raises(DeviceLost, match="Start another process"):
-        ledger.require_in_place()
+        ledger.require_own_release()
 
 
 def test_a_ledger_that_is_no_database_is_refused(tmp_path: Path) -> None:

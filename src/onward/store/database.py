@@ -206,16 +206,26 @@ class Database:
             self._connection.backup(target)
 
     def require_in_place(self) -> None:
-        """Raise if the file was removed, replaced or emptied under this process, or changed by a newer release.
+        """Raise if the file was removed, replaced or emptied under this process; asked in any thread.
 
         Raises:
             DamagedState: it was; whatever is written now would be lost.
-            Outdated: a newer release brought its schema up to date, as an upgrade under a running process does.
         """
         if _identity(self.path) != self._identity:
             raise RunLayout(self.path.parent).lost_ledger()
         if not self.path.stat().st_size:
             raise RunLayout(self.path.parent).empty_ledger()
+
+    def require_own_release(self) -> None:
+        """Raise if a newer release has changed the file under this process, or others removed it.
+
+        It is asked in the thread that uses the connection: a question from another one would hold its view of the file.
+
+        Raises:
+            DamagedState: it was removed, replaced or emptied.
+            Outdated: its schema was brought up to date, as an upgrade under a running process does.
+        """
+        self.require_in_place()
         if is_newer(self.scalar("PRAGMA user_version")):
             what = "a newer release has changed the ledger while this process ran"
             raise Outdated(what, where=self.path, hint="Start another process; it goes on from the last commit.")

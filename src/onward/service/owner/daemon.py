@@ -112,7 +112,7 @@ class Daemon:
             tell_systemd("READY=1")
             while not self.control.is_stopped:
                 try:
-                    self.ledger.require_in_place()
+                    self.ledger.require_own_release()
                     self.control.obey(self._work)  # even if nothing can begin
                     if self.control.is_stopped:
                         break
@@ -127,7 +127,7 @@ class Daemon:
                 except Exception as error:
                     self._after_failure(error)
         tell_systemd("STOPPING=1")
-        self.ledger.require_in_place()
+        self.ledger.require_own_release()
         with contextlib.suppress(sqlite3.OperationalError):  # a full disk must not keep it from stopping
             self.owned.tell_news()
 
@@ -250,7 +250,7 @@ class Daemon:
                 compress_original(self.owned.layout, self.ledger, row)
 
     def _between_steps(self) -> None:
-        self.ledger.require_in_place()
+        self.ledger.require_own_release()
         self.owned.look_at_config()
         self.control.obey_at_once(self._work)
         self.owned.tell_news()
@@ -274,7 +274,7 @@ class Daemon:
 
     def _after_failure(self, error: Exception) -> None:
         """After a failure of the machine or the config, wait a while to continue from the last commit, or raise it."""
-        self.ledger.require_in_place()
+        self.ledger.require_own_release()
         self._drop_worker()
         if not self._patient or is_device_lost(error):
             raise self._in_words(error) from None

@@ -65,7 +65,7 @@ class DiskRoom:
         owned.record("warning", problem, "paused")
         while not self._has(needed) and not owned.wishes:
             owned.heartbeat.moved()
-            owned.ledger.require_in_place()
+            owned.ledger.require_own_release()
             owned.look_at_config()
             self._obey()
             time.sleep(TICK)

@@ -76,7 +76,7 @@ class Recovery:
         ends = time.monotonic() + seconds
         while time.monotonic() < ends and not self._owned.wishes.pending:
             self._owned.heartbeat.moved()
-            self._owned.ledger.require_in_place()
+            self._owned.ledger.require_own_release()
             if self._owned.look_at_config():
                 return
             time.sleep(TICK)

@@ -174,7 +174,7 @@ class Watcher:
         if self._ledger is not None and self._ledger.is_snapshot:
             self._close()
         if self._ledger is not None:
-            self._ledger.require_in_place()
+            self._ledger.require_own_release()
         else:
             self._ledger = Ledger(self._reader.layout.ledger, read_only=True)
         return self._ledger
