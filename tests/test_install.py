@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -85,7 +86,6 @@ def test_the_health_check_is_that_of_status(run: Path) -> None:
         return subprocess.run([sys.executable, "-c", script], env=environment, check=False).returncode
 
     assert 0 == health()
-    silent = {"at": 0.0, "quiet": 0.0, "hangs": False, "pid": 1}
     with Ledger(run / "ledger.sqlite3") as ledger:
         before = {key: ledger.get(key) for key in ("state", "problem", "heartbeat")}
         try:
@@ -93,8 +93,9 @@ def test_the_health_check_is_that_of_status(run: Path) -> None:
             assert 0 == health()
             ledger.put(state="failed", problem="the disk is gone")
             assert 1 == health()
-            ledger.put(state="training", problem=None, heartbeat=silent)
             with RunLock(run / ".lock"):
+                silent = {"at": time.time(), "quiet": 1e6, "hangs": True, "pid": os.getpid()}
+                ledger.put(state="training", problem=None, heartbeat=silent)
                 assert 1 == health()
         finally:
             ledger.put(**before)

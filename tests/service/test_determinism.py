@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import tiny
 import torch
 from states import assert_same_state
@@ -39,17 +41,32 @@ def test_a_run_without_determinism_says_so(model: Path, tmp_path: Path) -> None:
     assert run.verify(deep=True).ok
 
 
-def test_bits_do_not_depend_on_what_the_caller_set_for_torch(model: Path, tmp_path: Path) -> None:
-    """A notebook may have turned gradients off or another type on; afterwards it has what it set."""
+@pytest.mark.parametrize("settings", [{"lora": {"rank": 2, "dropout": 0.1}}, {"method": "full", "dtype": "bfloat16"}])
+def test_bits_do_not_depend_on_what_the_caller_set_for_torch(
+    settings: dict[str, Any], model: Path, tmp_path: Path
+) -> None:
+    """A notebook may have turned gradients off or another type on; afterwards it has what it set.
+
+    Between steps the run is in no autocast, not even in a disabled one: weights that were cast are cast again then.
+    """
+    depths = set[int]()
+
+    def observe(event: object) -> None:
+        depths.add(torch.autocast_increment_nesting())
+        torch.autocast_decrement_nesting()
+
     file = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.chat_rows(4))
-    settings = {"max_length": 256, "batch_size": 2, "lora": {"rank": 2, "dropout": 0.1}}
-    Run.create(tmp_path / "plain", str(model), **settings).train(file)
+    settings = {"max_length": 256, "batch_size": 2, "learning_rate": 1e-2, "warmup_steps": 0, **settings}
+    Run.create(tmp_path / "plain", str(model), **settings).train(file, observe=observe)
     torch.set_default_dtype(torch.float64)
     try:
-        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
-            Run.create(tmp_path / "set", str(model), **settings).train(file)
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+            Run.create(tmp_path / "set", str(model), **settings).train(file, observe=observe)
             assert not torch.is_grad_enabled()
-            assert (True, torch.float64) == (torch.is_autocast_enabled("cpu"), torch.get_default_dtype())
+            assert (True, False) == (torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled())
+            assert torch.float64 == torch.get_default_dtype()
     finally:
         torch.set_default_dtype(torch.float32)
+    assert not torch.is_autocast_enabled("cpu")
     assert_same_state(tmp_path / "plain", tmp_path / "set")
+    assert {1} == depths

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +37,7 @@ from onward.training.device.hardware import (
     processor_model,
     tf32,
 )
+from onward.training.seeds import seeded
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 BASE = {"device": "cpu", "threads": 2, "dtype": "float32"}
@@ -47,6 +51,23 @@ def flags() -> tuple[bool, bool, bool]:
         torch.is_deterministic_algorithms_warn_only_enabled(),
         memory.fill_uninitialized_memory,
     )
+
+
+@pytest.mark.parametrize("computing", [lambda: seeded(7, CPU), lambda: deterministic(GPU)], ids=["seeded", "strict"])
+def test_threads_take_turns(computing: Callable[[], AbstractContextManager[None]]) -> None:
+    """The generators and the setting are the whole process's; a thread that holds them may ask again."""
+    entered, seen = threading.Event(), list[bool]()
+
+    def compute() -> None:
+        with computing():
+            entered.set()
+
+    other = threading.Thread(target=compute)
+    with computing(), computing():
+        other.start()
+        seen.append(entered.wait(0.05))
+    other.join(60)
+    assert [False, True] == [*seen, entered.is_set()]
 
 
 @pytest.mark.parametrize("own", [(False, False), (True, False), (True, True)])

@@ -70,12 +70,36 @@ def defaults_of_torch() -> Generator[None]:
     kind = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.inference_mode(False), torch.enable_grad(), contextlib.ExitStack() as stack:
-            for device in ("cpu", "cuda"):
-                stack.enter_context(torch.autocast(device, dtype=torch.bfloat16, enabled=False))
+        with torch.inference_mode(False), torch.enable_grad(), _no_autocast(torch):
             yield
     finally:
         torch.set_default_dtype(kind)
+
+
+@contextlib.contextmanager
+def _no_autocast(torch: Any) -> Generator[None]:
+    """Leave the caller's autocast in the body, so that one in the body is the outermost.
+
+    Only the outermost one forgets, at its end, the weights that it cast: in any other, even a disabled one, all steps
+    would compute with the weights of the first.
+    """
+    enabled = {device: torch.is_autocast_enabled(device) for device in ("cpu", "cuda")}
+    keeps = torch.is_autocast_cache_enabled()
+    depth = torch.autocast_increment_nesting() - 1
+    for _ in range(depth + 1):
+        torch.autocast_decrement_nesting()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(True)
+    for device in enabled:
+        torch.set_autocast_enabled(device, False)
+    try:
+        yield
+    finally:
+        for device, was_enabled in enabled.items():
+            torch.set_autocast_enabled(device, was_enabled)
+        torch.set_autocast_cache_enabled(keeps)
+        for _ in range(depth):
+            torch.autocast_increment_nesting()
 
 
 class _Making:

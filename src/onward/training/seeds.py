@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import threading
 from collections.abc import Generator
 
 import torch
+
+one_computes = threading.RLock()
+"""Held while something computes with what belongs to the whole process, such as torch's random generators: threads that
+train two runs take turns."""
 
 
 def fold(*parts: int | str) -> int:
@@ -20,9 +25,9 @@ def fold(*parts: int | str) -> int:
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Generator[None]:
-    """Run the body with torch's generators seeded; then restore the caller's random state."""
+    """Run the body with torch's generators seeded, in one thread at a time; then restore the caller's random state."""
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with one_computes, torch.random.fork_rng(devices=devices):
         _seed(seed, device)
         yield
 

@@ -16,6 +16,7 @@ import transformers
 
 from onward.errors import ModelError
 from onward.training.device.hardware import gpu_facts, multiplies_bfloat16, processor_model
+from onward.training.seeds import one_computes
 from onward.training.world import World
 
 NUMERICS = 3
@@ -63,7 +64,8 @@ def deterministic(device: torch.device, *, exact: bool = True) -> Generator[None
     """Let CUDA compute the body with kernels that give the same bits every time; those of a CPU always do.
 
     The setting is strict: if it is only to warn, PyTorch uses other kernels for the backward pass of attention, which
-    add in any order. Memory is not filled beforehand, which would cost time and change no bit of the result.
+    add in any order. Memory is not filled beforehand, which would cost time and change no bit of the result. The
+    setting belongs to the process, so threads take turns.
 
     Args:
         exact: False leaves everything as it is (`deterministic: false`).
@@ -74,6 +76,12 @@ def deterministic(device: torch.device, *, exact: bool = True) -> Generator[None
     if device.type != "cuda" or not exact:
         yield
         return
+    with one_computes, _strictly():
+        yield
+
+
+@contextlib.contextmanager
+def _strictly() -> Generator[None]:
     memory: Any = torch.utils.deterministic
     before = (
         torch.are_deterministic_algorithms_enabled(),
