@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from onward.events import Observe
 from onward.layout import RunLayout
-from onward.library.making import create, defaults_of_torch, open_ledger, place_for_run
+from onward.library.making import create, open_ledger, place_for_run
 from onward.library.owning import Loading, Owning, PathLike, Report, silent
+from onward.library.torch_defaults import defaults_of_torch
 from onward.service import client
 from onward.service.intake.inbox import STUCK, require_priority
 from onward.service.outside.reporting import NewNotes

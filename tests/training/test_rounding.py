@@ -18,7 +18,7 @@ from onward.errors import ModelError
 from onward.training.admission import rounding, together
 from onward.training.admission.admit import admit
 from onward.training.admission.findings import Findings
-from onward.training.admission.gradients import TOLERANCE, Gradients, of_step
+from onward.training.admission.gradients import TOLERANCE, Gradients, of_rows, of_step
 from onward.training.admission.neighbours import influence
 from onward.training.model.spec import ModelSpec
 
@@ -92,14 +92,13 @@ def test_a_row_that_sees_another_in_half_precision_only(base: Path, monkeypatch:
 @pytest.mark.parametrize("error", [RuntimeError("expected BFloat16"), torch.OutOfMemoryError("CUDA out of memory")])
 def test_a_model_that_cannot_compute_in_float32(error: Exception, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then half precision alone decides, as it does where the model does not fit."""
-    row_by_row = rounding.row_by_row
 
-    def fails(model: Any, batch: Batch, device: torch.device, dtype: torch.dtype, **how: Any) -> Gradients:
-        if dtype == SINGLE:
+    def fails(spec: ModelSpec, model: Any, batch: Batch) -> Gradients:
+        if spec.dtype == SINGLE:
             raise error
-        return row_by_row(model, batch, device, dtype, **how)
+        return of_rows(spec, model, batch)
 
-    monkeypatch.setattr(rounding, "row_by_row", fails)
+    monkeypatch.setattr(rounding, "of_rows", fails)
     assert "end to end" == prove(base).rows
     change_one(monkeypatch, [HALF])
     with pytest.raises(ModelError, match="the gradients of a step differ from those of its rows"):

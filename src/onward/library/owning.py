@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from onward.config import Config
 from onward.layout import RunLayout
 from onward.library.controlled import Controlled
-from onward.library.making import defaults_of_torch, open_ledger
+from onward.library.making import open_ledger
+from onward.library.torch_defaults import defaults_of_torch
 from onward.ranks import Place, Start
 from onward.service import client
 from onward.service.lock import RunLock

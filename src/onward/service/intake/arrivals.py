@@ -275,8 +275,7 @@ class Arrivals:
     def _left_for_now(self) -> set[str]:
         """Return the paths of stuck files that are not tried again yet; those that left or changed are forgotten."""
         stuck: dict[str, Any] = self.ledger.get(STUCK, {})
-        here = {name: look(self.layout.inbox / name) for name in stuck}
-        kept = {name: known for name, known in stuck.items() if _is_as_seen(here[name], known)}
+        kept = {name: known for name, known in stuck.items() if _is_as_seen(look(self.layout.inbox / name), known)}
         if kept != stuck:
             self.ledger.put(**{STUCK: kept})
         return {name for name, known in kept.items() if 0 <= self.ledger.clock() - known["at"] < AGAIN}

@@ -57,13 +57,17 @@ class RunTokenizer(RowTokenizer):
 
     def _other_template(self, record: Record) -> str:
         if self._twin is None:
-            return "" if has_templates() else TEMPLATES_OF_TRL
+            return self._without_twin
         name, tokenizer = self._twin
         try:
             tokenizer.prepare(record)
         except RowError:
             return f"{name}, which TRL ships for training this model, does not either"
         return f"TRL ships a training template for this model: {KEY}: {name}"
+
+    @cached_property
+    def _without_twin(self) -> str:
+        return "" if has_templates() else TEMPLATES_OF_TRL
 
     @cached_property
     def _twin(self) -> tuple[str, RowTokenizer] | None:

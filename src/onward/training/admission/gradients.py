@@ -15,6 +15,7 @@ from onward.data.plan.loader import Batch
 from onward.training.admission.inputs import tokens
 from onward.training.device.environment import autocast, deterministic
 from onward.training.layers.buffers import Buffers
+from onward.training.model.spec import ModelSpec
 from onward.training.seeds import fold, seeded
 from onward.training.state import digest_tensors
 from onward.training.steps.loss import TargetLoss, add_gradients
@@ -75,6 +76,11 @@ def row_by_row(
         buffers.restore()  # each row as if it were the first
         total += float(loss.detach())
     return _take(model, total / batch.target_tokens)
+
+
+def of_rows(spec: ModelSpec, model: nn.Module, batch: Batch) -> Gradients:
+    """Return what `row_by_row` returns on the device, and in the type, that a run computes on and in."""
+    return row_by_row(model, batch, spec.device, spec.dtype, exact=spec.config.deterministic)
 
 
 def of_step(

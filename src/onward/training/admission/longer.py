@@ -14,7 +14,7 @@ from torch import nn
 from onward.config import Config
 from onward.training.admission import reach
 from onward.training.admission.causality import as_float32, looks_ahead
-from onward.training.admission.gradients import row_by_row
+from onward.training.admission.gradients import of_rows
 from onward.training.admission.inputs import LONG, SHORT, rows
 from onward.training.admission.rounding import Compared, compare, rows_alone
 from onward.training.admission.small.narrow import lower_choices, still
@@ -47,8 +47,7 @@ def reached_by_long_rows(spec: ModelSpec, model: nn.Module, vocabulary: range, r
     if not reach.without_gradient(trained, found) or (spec.device.type == "cpu" and cost > COST):
         return found
     try:
-        row = rows([longest], vocabulary)
-        found |= row_by_row(model, row, spec.device, spec.dtype, exact=spec.config.deterministic).of.keys()
+        found |= of_rows(spec, model, rows([longest], vocabulary)).of.keys()
     except Exception as error:  # it has fewer positions, which is reported later
         if is_of_the_device(error):
             raise

@@ -40,8 +40,7 @@ class Proof:
 
     def row_by_row(self, model: nn.Module, batch: Batch) -> gradients.Gradients:
         """Return the gradients that plain transformers computes for rows."""
-        spec = self.spec
-        taken = gradients.row_by_row(model, batch, spec.device, spec.dtype, exact=spec.config.deterministic)
+        taken = gradients.of_rows(self.spec, model, batch)
         self.is_finite &= math.isfinite(taken.loss)
         return taken
 

@@ -15,7 +15,7 @@ from onward.errors import ConfigError, first_line
 from onward.training.admission.causality import looks_ahead
 from onward.training.device.environment import HALF
 from onward.training.device.errors import is_of_the_device
-from onward.training.model.adapter_shape import new_adapter_config
+from onward.training.model.adapter_shape import new_adapter_config, unsuitable_init
 from onward.training.model.quiet import one_load, quiet
 from onward.training.model.spec import ModelSpec
 
@@ -49,8 +49,7 @@ def working_config(config: Config, base: Path, chosen: bool) -> tuple[Config, di
         )  # fmt: skip
     plain = config.model_copy(update={"lora": without.lora.model_copy(update={"init": "default"})})
     if config.lora.init != "default" and _problem(plain, base) is None:
-        what = f"lora.init {config.lora.init} does not work with layers of this model: {left}"
-        raise ConfigError(what, where="lora.init", hint="Leave it out, or try gaussian.")
+        raise unsuitable_init(config.lora.init, left, "gaussian")
     targets = _working_targets(config, base)
     if targets is None:
         return config, {}  # building the model will show its modules
@@ -101,12 +100,12 @@ def adapter_hint(config: Config, base: Path, device: torch.device, dtype: torch.
 
 def _computes(spec: ModelSpec) -> bool:
     """Return whether a model computes the logits of a row."""
+    from onward.training.admission.small.vocabulary import vocabulary_of
     from onward.training.model.load import build_plain
 
     try:
         model = build_plain(spec).eval()
-        vocabulary = range(len(cast(Any, _skeleton(spec.base).get_input_embeddings()).weight))
-        looks_ahead(model, vocabulary, spec.device)
+        looks_ahead(model, vocabulary_of(model), spec.device)
     except Exception as error:
         if is_of_the_device(error):
             raise

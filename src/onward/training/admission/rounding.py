@@ -15,7 +15,7 @@ from torch import nn
 
 from onward.data.plan.loader import Batch
 from onward.training.admission.causality import as_float32
-from onward.training.admission.gradients import TOLERANCE, Gradients, difference, of_step, pooled_difference, row_by_row
+from onward.training.admission.gradients import TOLERANCE, Gradients, difference, of_rows, of_step, pooled_difference
 from onward.training.device.environment import HALF
 from onward.training.device.errors import forget_frames, is_device_lost
 from onward.training.model.spec import ModelSpec
@@ -53,9 +53,7 @@ class Compared:
 
 def rows_alone(spec: ModelSpec, model: nn.Module, batch: Batch) -> Alone:
     """Compute rows one by one, as the model is now."""
-    return Alone(
-        _row_by_row(spec, model, batch), _in_float32(spec, model, lambda single: _row_by_row(single, model, batch))
-    )
+    return Alone(of_rows(spec, model, batch), _in_float32(spec, model, lambda single: of_rows(single, model, batch)))
 
 
 def compare(spec: ModelSpec, model: nn.Module, batch: Batch, alone: Alone, *, by_length: bool = False) -> Compared:
@@ -80,10 +78,6 @@ def _is_equal(expected: Gradients, actual: Gradients | None) -> bool:
 
 def _step(spec: ModelSpec, model: nn.Module, batch: Batch, by_length: bool) -> Gradients:
     return of_step(model, batch, spec.config, spec.device, spec.dtype, by_length=by_length)
-
-
-def _row_by_row(spec: ModelSpec, model: nn.Module, batch: Batch) -> Gradients:
-    return row_by_row(model, batch, spec.device, spec.dtype, exact=spec.config.deterministic)
 
 
 def _in_float32(spec: ModelSpec, model: nn.Module, compute: Callable[[ModelSpec], Gradients]) -> Gradients | None:

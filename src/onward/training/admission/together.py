@@ -113,8 +113,10 @@ def _is_apart(spec: ModelSpec, model: nn.Module, batch: Batch, vocabulary: range
     """
     with deterministic(spec.device, exact=spec.config.deterministic):
         changed = influence(model, batch, vocabulary, spec.device, spec.dtype)
-        if changed <= TOLERANCE[spec.dtype] or spec.dtype not in HALF or not math.isfinite(changed):
-            return changed <= TOLERANCE[spec.dtype]
+        if changed <= TOLERANCE[spec.dtype]:
+            return True
+        if spec.dtype not in HALF or not math.isfinite(changed):
+            return False
         with as_float32(model) as fits:
             least = TOLERANCE[torch.float32]
             return fits and influence(model, batch, vocabulary, spec.device, torch.float32) <= least

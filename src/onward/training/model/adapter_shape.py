@@ -85,6 +85,16 @@ def require_effect(model: PeftModel, config: Config) -> None:
         raise ConfigError(f"lora.bias is {lora.bias}, but there are no such biases", where="lora.bias", hint=_NONE)
 
 
+def unsuitable_init(init: str, why: str, other: str) -> ConfigError:
+    """Return the refusal of initial weights (`lora.init`) that a model's layers cannot have.
+
+    Args:
+        other: initial weights that may work.
+    """
+    what = f"lora.init {init} does not work with layers of this model: {why}"
+    return ConfigError(what, where="lora.init", hint=f"Leave it out, or try {other}.")
+
+
 def plain_name(name: str) -> str:
     """Return a name in an adapted model without the layers that the adapter put around a module."""
     return name.replace(".base_layer", "")

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from onward.atomic import system_errors
 from onward.config import Config
-from onward.errors import ConfigError, ModelError, OnwardError, VerificationFailed
+from onward.errors import ConfigError, ModelError, VerificationFailed
 from onward.training.model.adapter import add_adapter
-from onward.training.model.adapter_shape import new_adapter_config, require_effect
+from onward.training.model.adapter_shape import new_adapter_config, require_effect, unsuitable_init
 from onward.training.model.load import causal_lm, load_base, load_tokenizer
 from onward.training.model.quiet import quiet
 from onward.training.model.roundtrip import prove_roundtrip
@@ -111,7 +111,7 @@ def _take_out(model: PreTrainedModel, config: Config, base: Path, adapter: Path)
     try:
         made: PeftModel = add_adapter(model, shape)
     except ModelError as error:
-        raise _unsuitable(config, error, "gaussian") from None
+        raise unsuitable_init(config.lora.init, error.what, "gaussian") from None
     require_effect(made, config)
     cast(Any, made.peft_config["default"]).init_lora_weights = True  # on the rest of the base it is a plain adapter
     adapter.mkdir(parents=True, exist_ok=True)
@@ -120,11 +120,6 @@ def _take_out(model: PreTrainedModel, config: Config, base: Path, adapter: Path)
     try:
         prove_roundtrip(made, adapter, weights)
     except VerificationFailed as error:
-        raise _unsuitable(config, error, "pissa") from None
+        raise unsuitable_init(config.lora.init, error.what, "pissa") from None
     assert causal_lm(made) is model
     return cast(PreTrainedModel, cast(Any, made).unload())
-
-
-def _unsuitable(config: Config, error: OnwardError, other: str) -> ConfigError:
-    what = f"lora.init {config.lora.init} does not work with layers of this model: {error.what}"
-    return ConfigError(what, where="lora.init", hint=f"Leave it out, or try {other}.")
