@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import os
@@ -315,6 +316,29 @@ def test_a_conversation(stream: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert 3 <= len(seen.out.splitlines())
     run = Run(layout.root)
     assert ["done"] == [entry["state"] for entry in run.train(saved)]  # what was saved is a file that can be trained
+
+
+def test_a_failure_of_the_model_ends_an_answer_and_not_the_chat(
+    stream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was said before stays, and none of the states that are compared keeps a message that one did not answer."""
+    saved = tmp_path / "saved.jsonl"
+    with Chat(RunLayout(stream), Asking(["b.jsonl", None], Sampling(0.0, max_tokens=4)), give_way) as chat:
+        talk = iter(["One?", "Two?", f"/save {saved}"])
+        chat.talk(itertools.islice(talk, 1))
+        generate = Engine._generate
+        fails = iter([False, True])
+
+        def fail(engine: Engine, *arguments: Any) -> None:
+            if next(fails):
+                raise MemoryError("no memory for keys and values")
+            generate(engine, *arguments)
+
+        monkeypatch.setattr(Engine, "_generate", fail)
+        chat.talk(talk)
+        assert [["One?"]] * 2 == [[turn["content"] for turn in column.turns[::2]] for column in chat._columns]
+    assert "onward: the model cannot answer: no memory for keys and values" in capsys.readouterr().err
+    assert ["One?"] == [row["messages"][0]["content"] for row in map(json.loads, saved.read_text().splitlines())]
 
 
 def test_it_goes_on_to_newer_commits(stream: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from onward.atomic import TEMPORARY_PREFIX, fsync_directory, fsync_file, publish_directory, remove_tree, system_errors
+from onward.atomic import (
+    TEMPORARY_PREFIX,
+    discard_tree,
+    fsync_directory,
+    fsync_file,
+    publish_directory,
+    remove_tree,
+    system_errors,
+)
 from onward.config.text import read_config
 from onward.errors import NoSpace, OnwardError, UsageError, cannot_write
 from onward.layout import RunLayout, entries
@@ -273,5 +281,5 @@ def _published(wanted: Wanted) -> Generator[Path]:
         raise cannot_write(error, error.filename or wanted.target) from None
     finally:
         if temporary is not None and lock is not None:
-            remove_tree(temporary)
+            discard_tree(temporary)
             os.close(lock)
