@@ -261,7 +261,7 @@ def _originals(layout: RunLayout, ledger: Ledger) -> str:
 
 def _anchor(layout: RunLayout, ledger: Ledger) -> str:
     wrong = changed_anchors(layout, ledger)
-    _require(not wrong, f"missing, or not what the base wrote: {', '.join(wrong)}")
+    _require(not wrong, f"missing, or not what the base wrote, as it does again when needed: {', '.join(wrong)}")
     return f"{', '.join(ledger.get(FACT))}, hashes equal"
 
 
