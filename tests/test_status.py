@@ -121,6 +121,15 @@ def test_what_is_in_no_commit_does_not_count_unless_it_is_being_trained(
     )
 
 
+def test_a_command_that_does_not_train_is_not_taken_for_the_process_that_died(layout: RunLayout) -> None:
+    """While `verify --deep` owns a run after a crash, what the dead process showed last is not what is done now."""
+    found: list[tuple[str, str]] = []
+    for pid in (os.getpid(), os.getpid() + 1):
+        with owned(layout, held=True, state="training", shown_by=pid):
+            found.append((read_status(layout)["state"], read_status(layout)["doing"]))
+    assert [("training", "training"), ("stopped", f"pid {os.getpid()} owns the run")] == found
+
+
 def test_between_two_files_the_last_steps_are_those_of_the_one_before(tmp_path: Path) -> None:
     """Its loss and rate are shown; it is no longer the file, and has nothing left."""
     layout = made_up_run(tmp_path / "run", [("a.jsonl", 3)], lambda step: step / 2)
