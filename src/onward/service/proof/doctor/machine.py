@@ -13,13 +13,13 @@ import torch
 from onward.atomic import can_be_written
 from onward.config import Config
 from onward.config.text import read_config
-from onward.errors import OnwardError
+from onward.errors import ConfigError, OnwardError
 from onward.layout import RunLayout
 from onward.service.proof.doctor.finding import Finding
 from onward.service.proof.memory import memory_in_words
 from onward.store.disks import mount_of, refusal, require_locks, way_out
 from onward.training.device.control_groups import read_processors
-from onward.training.device.environment import pick_device
+from onward.training.device.environment import pick_device, require_whole_teams
 from onward.training.device.errors import LESS_MEMORY
 
 LITTLE_DISK = 2 << 30
@@ -44,7 +44,12 @@ def check_device() -> Iterator[Finding]:
 
 
 def check_threads() -> Iterator[Finding]:
-    """Warn where a control group gives fewer processors than PyTorch has threads, which then wait for each other."""
+    """Check that PyTorch gets its threads, and warn where a control group lets them wait for each other."""
+    try:
+        require_whole_teams(pick_device())
+    except ConfigError as error:
+        yield Finding("error", "threads", error.what, error.hint)
+        return
     threads, processors = torch.get_num_threads(), read_processors()
     if pick_device().type != "cpu" or processors is None or threads <= math.ceil(processors):
         return
