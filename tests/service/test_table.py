@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ def score(loss: float, rows: tuple[int, ...] = (1, 2), *, trained: bool = False)
     return {"loss": loss, "accuracy": loss / 10, "tokens": 5, "rows": list(rows), "trained": trained}
 
 
-A, B, C = (Column(key, place, f"{key}.jsonl") for place, key in enumerate("abc", start=1))
+A, B, C, D = (Column(key, place, f"{key}.jsonl") for place, key in enumerate("abcd", start=1))
+D_BEFORE = score(9.5)
 TABLE = Table(
     [A, B, C, Column("q", None, "q.jsonl")],
     [0, 1, 2, 3],
@@ -52,6 +54,11 @@ def test_the_figures_are_those_of_their_formulas() -> None:
     assert [1, 2, 3, None] == [file["position"] for file in found["files"]]
     assert [0, 1, 2, 3] == found["after"]
     assert [0.0, 0.1, None, 0.3] == found["anchor"]
+    begun = replace(TABLE, columns=[*TABLE.columns, D], scores=[*TABLE.scores[:-1], TABLE.scores[-1] | {"d": D_BEFORE}])
+    now = begun.to_dict()
+    assert [9.5, None] == [now["loss"][3][4], now["loss"][0][4]]
+    figures = ("average", "forgetting", "backward_transfer", "transfer")
+    assert [found[figure] for figure in figures] == [now[figure] for figure in figures], "file 4 has only begun"
 
 
 def test_other_rows_are_not_compared() -> None:
