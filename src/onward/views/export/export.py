@@ -29,7 +29,7 @@ from onward.training.model.base import (
     is_own_base,
 )
 from onward.views.export import gguf
-from onward.views.export.card import BaseFacts, base_facts, verify_now, write_card
+from onward.views.export.card import BaseFacts, base_facts, copy_card, verify_now, write_card
 from onward.views.export.merged import write_merged
 from onward.views.export.ollama import modelfile
 from onward.views.loaded import base_of_point, has_adapter, tokenizer_of
@@ -164,10 +164,14 @@ class _Writing:
         if "difference" in result:
             facts["Largest difference of logits"] = f"{result['difference']:.3g} from base and adapter, in float32"
         if not self._wanted.is_file:
-            write_card(self._layout, self._point, self._facts, self._folder, facts, verify_now(self._layout))
+            self._write_card(facts)
         base = {"name": self._facts.name, "digest": self._facts.digest, "licence": self._facts.licence}
         sizes = {path.name: path.stat().st_size for path in entries(self._folder) if path.is_file()}
         return {"base": base, "files": sizes, **result}
+
+    def _write_card(self, facts: dict[str, str]) -> None:
+        if self._point.release is None or not copy_card(self._point.folder, self._folder, facts):
+            write_card(self._layout, self._point, self._facts, self._folder, facts, verify_now(self._layout))
 
     def _dtype(self) -> torch.dtype:
         if self._wanted.dtype is not None:
