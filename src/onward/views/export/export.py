@@ -162,7 +162,9 @@ class _Writing:
             result = self._write_gguf(converters)
             facts["Weights"] = self._wanted.kind
         if "difference" in result:
-            facts["Largest difference of logits"] = f"{result['difference']:.3g} from base and adapter, in float32"
+            written = f"; as written in {result['dtype']}, {result['written_difference']:.3g}" if not converters else ""
+            said = f"{result['difference']:.3g} from base and adapter, in float32{written}"
+            facts["Largest difference of logits"] = said
         if not self._wanted.is_file:
             self._write_card(facts)
         base = {"name": self._facts.name, "digest": self._facts.digest, "licence": self._facts.licence}
@@ -229,6 +231,7 @@ class _Writing:
         if self._wanted.format == "ollama":
             (self._folder / MODELFILE).write_text(modelfile(self._tokenizer, name), encoding="utf-8")
             self._report(f"next: ollama create NAME -f {quoted(self._wanted.target / MODELFILE)}")
+        del result["written_difference"]  # of what was converted, not of what is left
         return {**result, "dtype": self._wanted.kind}
 
     def _write_gguf_adapter(self, converters: Path, said: dict[str, str]) -> None:
