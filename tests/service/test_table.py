@@ -120,7 +120,7 @@ def test_the_table_is_aligned_with_its_figures_under_it() -> None:
         "2 b.jsonl      1.5000     3.0000      5.0000   9.0000       -",
         "3 c.jsonl      2.5000          -      1.0000   8.0000  0.3000",
         "",
-        "average loss now   1.7500",
+        "average loss now   1.7500 (of 2 of 3 files)",
         "forgetting         1.0000 mean, worst 1.0000 (file 1, a.jsonl)",
         "transfer           -0.7500 (loss on a file before it was trained, minus the base's)",
         "* measured on rows that were trained: retention, not generalization",
@@ -222,7 +222,7 @@ def test_a_table_of_many_files_is_shown_for_the_newest() -> None:
     assert ["q.jsonl", "anchor"] == lines[0].split()[-2:]
     assert ["base", "989", "1000"] == [lines[at].split()[0] for at in (1, 2, 13)]
     assert "988 earlier files are not shown; onward grid --csv and --json have every file" == lines[14]
-    assert "average loss now   1000.0000" == lines[16]
+    assert "average loss now   1000.0000 (of 1 of 1000 files)" == lines[16]
     assert (ON_PAPER + 2) * (ON_PAPER + 1) == grid_svg(grid).count("<rect") - 1
     assert (1002, 1003) == (len(grid_csv(grid).splitlines()), grid_csv(grid).splitlines()[1].count(",") + 1)
 

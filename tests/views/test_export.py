@@ -110,8 +110,9 @@ def test_a_merged_model_is_base_and_adapter(stream: Path, expected: torch.Tensor
     difference = float((logits(whole).float() - expected).abs().max())
     assert difference <= {"float32": 1e-4, "bfloat16": 0.1}[dtype] * float(expected.abs().max())
     assert result["difference"] <= 1e-4 * float(expected.abs().max())
-    words = f"Largest difference of logits | {result['difference']:.3g} from base and adapter, in float32; as written in {dtype}, "
-    assert f"{words}{result['written_difference']:.3g} |" in (tmp_path / "out" / "README.md").read_text()
+    said = f"{result['difference']:.3g} from base and adapter, in float32; as written in {dtype}, "
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| Largest difference of logits | {said}{result['written_difference']:.3g} |" in card
 
 
 def test_a_merge_that_computes_something_else_is_refused(stream: Path, tmp_path: Path) -> None:
