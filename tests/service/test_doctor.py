@@ -239,8 +239,8 @@ def test_what_a_process_that_trains_replaces_meanwhile_is_no_finding(
 def test_little_room_is_warned_of_before_training_pauses(layout: RunLayout, monkeypatch: pytest.MonkeyPatch) -> None:
     """For the next checkpoint with its margin there must be room, for all that is kept and two gigabytes should be."""
     needed = sum(path.stat().st_size for path in layout.checkpoints()[0].iterdir())
-    configure(Run(layout.root), disk_margin_mb=3, keep_boundaries=4)
-    least, kept, little = needed + (3 << 20), 5 * needed, machine.LITTLE_DISK
+    configure(Run(layout.root), disk_margin_mb=3, keep_boundaries=4, keep_days=2)
+    least, kept, little = needed + (3 << 20), (4 + 1 + 2) * needed, machine.LITTLE_DISK
 
     def level(free: int) -> str:
         monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))

@@ -93,10 +93,10 @@ def test_an_answer_is_a_function_of_its_seed(engine: Engine) -> None:
 
 
 def test_draws_have_the_model_s_probabilities() -> None:
-    """Of 4,000 draws each token gets its share; top-k and top-p leave the others out."""
+    """Of 4,000 draws each token gets its share; top-k, top-p and the lowest temperatures leave the others out."""
     scores = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     counts = torch.zeros(4)
-    drawing = Sampling(1.0, top_p=1.0).processors(torch.device("cpu"))
+    drawing = Sampling(1, top_p=1).processors(torch.device("cpu"))  # whole numbers, as a browser sends them
     for _ in range(4000):
         counts[cast(Any, drawing)(None, scores.clone()).argmax()] += 1
     assert [0.5, 0.3, 0.15, 0.05] == pytest.approx((counts / 4000).tolist(), abs=0.025)
@@ -104,6 +104,9 @@ def test_draws_have_the_model_s_probabilities() -> None:
         few = Sampling(1.0, **{"top_p": 1.0, **limits}).processors(torch.device("cpu"))  # type: ignore[arg-type]
         drawn = {int(cast(Any, few)(None, scores.clone()).argmax()) for _ in range(200)}
         assert {0, 1} == drawn
+    for temperature in (1e-3, 1e-38, 1e-40, 1e-320, 0):
+        cold: Any = Sampling(temperature, top_p=0.5).processors(torch.device("cpu"))
+        assert 0 == int(cold(None, scores.clone()).argmax())
 
 
 @pytest.mark.parametrize(

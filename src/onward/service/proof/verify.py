@@ -121,7 +121,7 @@ def _nothing_trained(layout: RunLayout, ledger: Ledger) -> str:
 
 
 def _queue(ledger: Ledger) -> str:
-    return f"{ledger.queued()} files wait"
+    return f"waiting: {how_many(ledger.queued(), 'file')}"
 
 
 def _state_files(layout: RunLayout, ledger: Ledger, manifest: Manifest | None, problems: list[str]) -> str:
