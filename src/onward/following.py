@@ -10,6 +10,7 @@ from pathlib import Path
 
 from onward.config.text import read_config
 from onward.layout import RunLayout
+from onward.library.torch_defaults import defaults_of_torch
 from onward.ranks import Place
 from onward.service.wishes import Wishes
 
@@ -40,4 +41,5 @@ def follow(
     with loading():
         from onward.service.owner.follower import follow as follow_first
 
-    follow_first(layout, place, patience, Wishes() if stop is None else stop, report)
+    with defaults_of_torch():
+        follow_first(layout, place, patience, Wishes() if stop is None else stop, report)
