@@ -12,6 +12,7 @@ from onward.config import Config
 from onward.config.text import read_config
 from onward.errors import OnwardError, UsageError
 from onward.layout import RunLayout
+from onward.library.torch_defaults import defaults_of_torch
 from onward.ranks import Place
 from onward.service.wishes import Stopped, Wishes
 
@@ -51,7 +52,8 @@ def follow(
         if place.local_rank == 0:  # rank 0 says what keeps those of its own machine from it, but knows of no other
             report(f"onward: rank {place.rank}: {error}")
         raise
-    follower.follow(layout, group, stop, report)
+    with defaults_of_torch():
+        follower.follow(layout, group, stop, report)
 
 
 def _config_here(layout: RunLayout) -> Config:

@@ -61,13 +61,33 @@ def test_a_replay_blames_no_steps_that_were_taken_elsewhere(model: Path, tmp_pat
     assert elsewhere.startswith(f"steps up to 1 were taken in another environment (handover close): {plain}")
 
 
+Settings = tuple[torch.dtype, str, bool, int]
+"""The default type, the precision of products, whether flash attention is allowed, and the number of threads."""
+
+
+def of_torch() -> Settings:
+    """Return settings of this process."""
+    flash = torch.backends.cuda.flash_sdp_enabled()
+    return torch.get_default_dtype(), torch.backends.mkldnn.matmul.fp32_precision, flash, torch.get_num_threads()
+
+
+def set_torch(settings: Settings) -> None:
+    """Set them; the same number of threads is not set again, which changes how MKL uses them."""
+    torch.set_default_dtype(settings[0])
+    torch.backends.mkldnn.matmul.fp32_precision = settings[1]
+    torch.backends.cuda.enable_flash_sdp(settings[2])
+    if settings[3] != torch.get_num_threads():
+        torch.set_num_threads(settings[3])
+
+
 @pytest.mark.parametrize("settings", [{"lora": {"rank": 2, "dropout": 0.1}}, {"method": "full", "dtype": "bfloat16"}])
 def test_bits_do_not_depend_on_what_the_caller_set_for_torch(
     settings: dict[str, Any], model: Path, tmp_path: Path
 ) -> None:
     """A notebook may have turned gradients off or another type on; afterwards it has what it set.
 
-    Between steps the run is in no autocast, not even in a disabled one: weights that were cast are cast again then.
+    What an observer sets lasts no longer than its call. Between steps the run is in no autocast, not even in a disabled
+    one: weights that were cast are cast again then.
     """
     depths = set[int]()
 
@@ -75,18 +95,28 @@ def test_bits_do_not_depend_on_what_the_caller_set_for_torch(
         depths.add(torch.autocast_increment_nesting())
         torch.autocast_decrement_nesting()
 
+    def disturb(event: object) -> None:
+        observe(event)
+        found.append(of_torch())
+        set_torch(disturbed)
+        torch.set_grad_enabled(False)
+
     file = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.chat_rows(4))
     settings = {"max_length": 256, "batch_size": 2, "learning_rate": 1e-2, "warmup_steps": 0, **settings}
     Run.create(tmp_path / "plain", str(model), **settings).train(file, observe=observe)
-    torch.set_default_dtype(torch.float64)
+    plain = of_torch()
+    theirs, disturbed = (torch.float64, "bf16", False, plain[3]), (torch.float64, "bf16", False, plain[3] + 1)
+    found: list[Settings] = []
+    set_torch(theirs)
     try:
         with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
-            Run.create(tmp_path / "set", str(model), **settings).train(file, observe=observe)
+            Run.create(tmp_path / "set", str(model), **settings).train(file, observe=disturb)
             assert not torch.is_grad_enabled()
             assert (True, False) == (torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled())
-            assert torch.float64 == torch.get_default_dtype()
+            assert theirs == of_torch()
     finally:
-        torch.set_default_dtype(torch.float32)
+        set_torch(plain)
+    assert {(torch.float32, "ieee", True, plain[3])} == set(found)
     assert not torch.is_autocast_enabled("cpu")
     assert_same_state(tmp_path / "plain", tmp_path / "set")
     assert {1} == depths
