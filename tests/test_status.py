@@ -154,8 +154,8 @@ def test_a_file_that_has_taken_no_step_yet_has_no_figures(tmp_path: Path, held: 
     with owned(layout, held=held, state="training"):
         found = read_status(layout)
     assert {
-        "global_step": 3 if held else committed, "file": "b.jsonl", "file_step": 0, "file_steps": PLANNED, "loss": None, "learning_rate": None,
-        "tokens_per_second": None, "eta_seconds": None,
+        "global_step": 3 if held else committed, "file": "b.jsonl", "file_step": 0, "file_steps": PLANNED,
+        "loss": None, "learning_rate": None, "tokens_per_second": None, "eta_seconds": None,
     }.items() <= found.items()  # fmt: skip
 
 

@@ -64,6 +64,8 @@ def test_a_step_is_found(to: str, step: int, ledger: Ledger) -> None:
         ("file:9", "neither a finished file", "1 a.jsonl"),
         ("waits.jsonl", "neither a finished file", "1 a.jsonl"),
         ("", "neither a finished file", "1 a.jsonl"),
+        ("1" * 5000, "neither a finished file", "1 a.jsonl"),
+        ("step:" + "1" * 5000, "neither a finished file", "1 a.jsonl"),
     ],
 )
 def test_what_could_mean_several_steps_is_refused(to: str, what: str, hint: str, ledger: Ledger) -> None:
