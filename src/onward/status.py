@@ -53,7 +53,8 @@ def read_status(layout: RunLayout) -> dict[str, Any]:
         committed = checkpoint.step if checkpoint else 0
         is_live = state in BUSY and state != "loading"  # what a dead process trained since is lost
         last = _last_steps(ledger, current, None if is_live or current is None else committed)
-        step = last[0].step if last and is_live else committed
+        begun = current.first_step if current else committed  # the commit before it may still be being written
+        step = (last[0].step if last else begun) if is_live else committed
         return {
             "run": str(layout.root.absolute()),
             "state": state,
@@ -104,7 +105,7 @@ def _doing(ledger: Ledger, state: str, *, held: bool) -> str:
 
 def _last_steps(ledger: Ledger, current: FileRow | None, up_to: int | None) -> list[StepRecord]:
     """Return the newest step records (up to a step) of the file in training, or else of the last finished one."""
-    row = current or ledger.at_position(ledger.last_position())
+    row = current or ledger.at_position(ledger.last_begun())
     if row is None:
         return []
     return ledger.last_steps(row.id, PACE, up_to)

@@ -264,7 +264,7 @@ def rejection(refusal: Refusal) -> FileRejected:
 
 def _seconds(ledger: Ledger, tokens: float, config: Config) -> float | None:
     """Return how long an epoch's tokens of a file take in all epochs, with the rows that are replayed in them."""
-    last = ledger.at_position(ledger.last_position())
+    last = ledger.at_position(ledger.last_begun())
     steps = ledger.last_steps(last.id, PACE) if last is not None else []
     taken, seconds = sum(step.tokens for step in steps), sum(step.seconds for step in steps)
     return tokens * (1 + config.replay.share) * config.epochs * seconds / taken if taken else None
