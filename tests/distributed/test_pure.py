@@ -101,7 +101,8 @@ def test_a_command_that_is_started_again_takes_its_files_in_once(tmp_path: Path)
     ("text", "gpus", "expected"),
     [
         ("2", None, Devices(2, 2)), ("all", None, Devices(1, 1)), ("all", 8, Devices(8, 8)), ("2:8", 4, Devices(2, 4)),
-        ("2:8", None, Devices(2, 8)), ("0", None, "1 or more"), ("3:2", None, "goes down"), ("2:1025", None, "at most 1,024"), ("2:1025", 4, Devices(2, 4)), ("x", None, "not a number"),
+        ("2:8", None, Devices(2, 8)), ("0", None, "1 or more"), ("3:2", None, "goes down"), ("x", None, "not a number"),
+        ("2:1025", None, "at most 1,024"), ("2:1025", 4, Devices(2, 4)),
         ("2:", None, Devices(2, 2)), ("-1", 8, "1 or more"), ("9", 8, "this machine has 8 GPUs, not 9"),
         ("2:4", 1, "this machine has 1 GPU, not 2"), ("1.5", None, "not a number"),
     ],
