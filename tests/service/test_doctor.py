@@ -293,7 +293,8 @@ def test_steps_that_a_dead_process_lost_do_not_count(layout: RunLayout) -> None:
     """Until they are trained again the run stands where it was committed, and a living process at its last step."""
     with Ledger(layout.ledger) as ledger:
         committed = ledger.committed_step()
-        row = ledger.insert_file(**FILE, name="t.jsonl", state="training", position=3, planned_steps=9)
+        at = {"position": 3, "start_step": committed, "planned_steps": 9}
+        row = ledger.insert_file(**FILE, name="t.jsonl", state="training", **at)
         metrics = Metrics(layout.ledger)
         for step in (1, 2):
             metrics.append(StepRecord(row, committed + step, step, 0, 2, "digest", 20, 10, 1.5, 1e-4, 0.5, 0.25))
