@@ -130,6 +130,7 @@ def test_a_rate_may_be_written_in_any_way(text: str, tmp_path: Path) -> None:
         ({"seed": -1}, ["seed: -1"]),
         ({"model": ""}, ["model: ''"]),
         ({"batch_size": 0, "epochs": 0}, ["batch_size: 0", "epochs: 0"]),
+        ({"epochs": 10**9, "max_row_mb": 10**9}, [f"epochs: {10**9}", f"max_row_mb: {10**9}"]),
     ],
 )
 def test_what_makes_no_sense_is_refused(values: dict[str, Any], words: list[str]) -> None:

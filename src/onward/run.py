@@ -12,7 +12,7 @@ from onward.events import Observe
 from onward.layout import RunLayout
 from onward.library.making import create, open_ledger, place_for_run
 from onward.library.owning import Loading, Owning, PathLike, Report, silent
-from onward.library.torch_defaults import defaults_of_torch
+from onward.library.torch_defaults import defaults_of_torch, undisturbed
 from onward.service import client
 from onward.service.intake.inbox import STUCK, require_priority
 from onward.service.outside.reporting import NewNotes
@@ -128,7 +128,8 @@ class Run(Owning):
         """Add files and train everything that waits, in order; return the history entries of the files done now.
 
         Args:
-            observe: receives every event; what it raises is reported once, and training continues.
+            observe: receives every event; what it raises is reported once, and training continues. What it sets for
+                torch lasts as long as its call.
             stop: `stop.ask(reason)` ends training: the current step is finished and committed. Without one, Ctrl-C does
                 that in a program that has no SIGINT handler of its own.
 
@@ -145,7 +146,7 @@ class Run(Owning):
             with (
                 account(opened, wishes) as reporter,
                 given.recorded() as intent,
-                operate(opened, wishes, observe, reporter) as daemon,
+                operate(opened, wishes, undisturbed(observe), reporter) as daemon,
             ):
                 for refusal in daemon.intake.finish_left_over(intent):
                     report(f"from an earlier command: {refusal}")
@@ -182,7 +183,7 @@ class Run(Owning):
             seen = opened.ledger.last_event()
             with (
                 account(opened, wishes) as reporter,
-                operate(opened, wishes, observe, reporter, watch=True) as daemon,
+                operate(opened, wishes, undisturbed(observe), reporter, watch=True) as daemon,
             ):
                 daemon.run(once=once)
             return opened.ledger.count_events(seen, ("rejected", "quarantined")) + len(opened.ledger.get(STUCK, {}))

@@ -144,6 +144,18 @@ def test_other_directories_are_named_and_left(inbox: Inbox) -> None:
         inbox.scan()
 
 
+@pytest.mark.parametrize("make", [write, lambda path: path.symlink_to("no"), lambda path: path.symlink_to(path)])
+def test_a_file_with_the_name_of_a_priority_holds_up_nothing(
+    inbox: Inbox, clocks: Clocks, make: Callable[[Path], object]
+) -> None:
+    """Moved to `inbox/high` before there was such a folder, it is taken as any file is; so are the others."""
+    make(inbox.folder / "high")
+    write(inbox.folder / "a.jsonl")
+    inbox.scan()
+    clocks.tick(1000)
+    assert {"a.jsonl", "high"} == set(taken(inbox))
+
+
 def move_in(layout: RunLayout, *paths: Path) -> list[str]:
     """Take files out of the inbox; returns their places in the archive."""
     with Ledger(layout.ledger) as ledger:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from runs import new_run
 from states import assert_same_state
 
-from onward import Run
+from onward import Run, StepTaken, Wishes
 
 
 def set_key(run: Path, value: bool) -> None:
@@ -41,13 +44,50 @@ def test_a_run_without_determinism_says_so(model: Path, tmp_path: Path) -> None:
     assert run.verify(deep=True).ok
 
 
+def test_a_replay_blames_no_steps_that_were_taken_elsewhere(model: Path, tmp_path: Path) -> None:
+    """What differs again is said, and that a process of another environment may have taken these steps."""
+    file = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.chat_rows(4))
+    run = new_run(tmp_path / "run", model, max_length=256, batch_size=2, lora={"rank": 2})
+    stop = Wishes()
+    run.train(file, observe=lambda event: stop.ask("a test") if isinstance(event, StepTaken) else None, stop=stop)
+    run.train()
+    said: list[str] = []
+    for change in ("steps SET loss = loss + 1 WHERE step = 1", "handovers SET class = 'close' WHERE step = 1"):
+        with closing(sqlite3.connect(run.layout.ledger)) as ledger, ledger:
+            assert 1 == ledger.execute(f"UPDATE {change}").rowcount
+        said += [check.detail for check in run.verify(deep=True).checks if not check.ok]
+    plain, elsewhere = said
+    assert plain.startswith("step 1 of a.jsonl had loss ")
+    assert elsewhere.startswith(f"steps up to 1 were taken in another environment (handover close): {plain}")
+
+
+Settings = tuple[torch.dtype, str, bool, int]
+"""The default type, the precision of products, whether flash attention is allowed, and the number of threads."""
+
+
+def of_torch() -> Settings:
+    """Return settings of this process."""
+    flash = torch.backends.cuda.flash_sdp_enabled()
+    return torch.get_default_dtype(), torch.backends.mkldnn.matmul.fp32_precision, flash, torch.get_num_threads()
+
+
+def set_torch(settings: Settings) -> None:
+    """Set them; the same number of threads is not set again, which changes how MKL uses them."""
+    torch.set_default_dtype(settings[0])
+    torch.backends.mkldnn.matmul.fp32_precision = settings[1]
+    torch.backends.cuda.enable_flash_sdp(settings[2])
+    if settings[3] != torch.get_num_threads():
+        torch.set_num_threads(settings[3])
+
+
 @pytest.mark.parametrize("settings", [{"lora": {"rank": 2, "dropout": 0.1}}, {"method": "full", "dtype": "bfloat16"}])
 def test_bits_do_not_depend_on_what_the_caller_set_for_torch(
     settings: dict[str, Any], model: Path, tmp_path: Path
 ) -> None:
     """A notebook may have turned gradients off or another type on; afterwards it has what it set.
 
-    Between steps the run is in no autocast, not even in a disabled one: weights that were cast are cast again then.
+    What an observer sets lasts no longer than its call. Between steps the run is in no autocast, not even in a disabled
+    one: weights that were cast are cast again then.
     """
     depths = set[int]()
 
@@ -55,18 +95,28 @@ def test_bits_do_not_depend_on_what_the_caller_set_for_torch(
         depths.add(torch.autocast_increment_nesting())
         torch.autocast_decrement_nesting()
 
+    def disturb(event: object) -> None:
+        observe(event)
+        found.append(of_torch())
+        set_torch(disturbed)
+        torch.set_grad_enabled(False)
+
     file = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.chat_rows(4))
     settings = {"max_length": 256, "batch_size": 2, "learning_rate": 1e-2, "warmup_steps": 0, **settings}
     Run.create(tmp_path / "plain", str(model), **settings).train(file, observe=observe)
-    torch.set_default_dtype(torch.float64)
+    plain = of_torch()
+    theirs, disturbed = (torch.float64, "bf16", False, plain[3]), (torch.float64, "bf16", False, plain[3] + 1)
+    found: list[Settings] = []
+    set_torch(theirs)
     try:
         with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
-            Run.create(tmp_path / "set", str(model), **settings).train(file, observe=observe)
+            Run.create(tmp_path / "set", str(model), **settings).train(file, observe=disturb)
             assert not torch.is_grad_enabled()
             assert (True, False) == (torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled())
-            assert torch.float64 == torch.get_default_dtype()
+            assert theirs == of_torch()
     finally:
-        torch.set_default_dtype(torch.float32)
+        set_torch(plain)
+    assert {(torch.float32, "ieee", True, plain[3])} == set(found)
     assert not torch.is_autocast_enabled("cpu")
     assert_same_state(tmp_path / "plain", tmp_path / "set")
     assert {1} == depths

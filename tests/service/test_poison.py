@@ -335,14 +335,16 @@ def test_a_folder_in_the_archive_is_left_alone(run: Run, tmp_path: Path) -> None
 
 
 def test_a_command_that_was_killed_before_it_read_its_files_is_finished(run: Run, tmp_path: Path) -> None:
-    """Its files are taken in by the next process; what is gone by then is a refusal."""
+    """Its files are taken in by the next process; what is gone by then, or has no file's name, is a refusal."""
     file = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.chat_rows(3))
+    nowhere = ["gone.jsonl", "zero\0byte.jsonl", "half\ud800.jsonl", f"{'long' * 99}.jsonl"]
     with Ledger(run.layout.ledger) as ledger:
         ledger.add_intent([file], again=False, priority=0)
-        ledger.add_intent([tmp_path / "gone.jsonl"], again=False, priority=0)
+        for name in nowhere:
+            ledger.add_intent([tmp_path / name], again=False, priority=0)
         own = ledger.add_intent([file], again=False, priority=0)
-        (refused,) = Intake(run.layout, ledger).finish_left_over(own)
-        assert "gone.jsonl" in str(refused)
+        refused = Intake(run.layout, ledger).finish_left_over(own)
+        assert ["there is no such file"] * len(nowhere) == [refusal.what for refusal in refused]
         assert {"a.jsonl": "queued"} == states(ledger)
         assert [own] == [intent.id for intent in ledger.intents()]
         Intake(run.layout, ledger).take([file], intent=own)

@@ -105,11 +105,18 @@ def test_train_tells_a_refusal_once(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_stop_after_the_file_is_recorded(run: Run, tmp_path: Path) -> None:
-    """Who ended the process is said of every way to end it."""
+    """Who ended the process is said of every way to end it; an observer, which it waits for, does not wait for it."""
     run.add(rows_file(tmp_path / "a.jsonl", 4))
-    wishes = Wishes()
-    run.watch(stop=wishes, observe=lambda event: wishes.put(AFTER_FIRST) if getattr(event, "step", 0) == 1 else None)
+    wishes, answers = Wishes(), list[str]()
+
+    def observe(event: Event) -> None:
+        if isinstance(event, StepTaken) and event.step == 1:
+            wishes.put(AFTER_FIRST)
+            answers.append(run.resume(patience=5))
+
+    run.watch(stop=wishes, observe=observe)
     assert "stopped by onward stop --after-file at step 2" in run.layout.log.read_text()
+    assert ["the request is made; this thread trains the run, and comes to it after the current step"] == answers
 
 
 def test_the_limit_of_a_step_holds_only_in_a_step(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

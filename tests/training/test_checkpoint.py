@@ -213,11 +213,15 @@ def test_files_have_the_mode_that_the_umask_gives(method: str, umask: int, model
 
 
 def test_training_arguments_are_those_of_the_commit(model: Path, tmp_path: Path) -> None:
-    """A learning rate that changed at a boundary is in the next checkpoint's file, whatever the session began with."""
-    for step, rate in ((1, 1e-3), (2, 5e-4)):
-        write_checkpoint(tmp_path / f"checkpoint-{step}", checkpoints.make_contents(model, learning_rate=rate))
-        arguments = torch.load(tmp_path / f"checkpoint-{step}" / "training_args.bin", weights_only=False)
-        assert rate == arguments.learning_rate
+    """A key that changed at a boundary is in the next checkpoint's file, whatever the session began with."""
+    for step, rate, schedule, eps in ((1, 1e-3, "wsd", 1e-6), (2, 5e-4, "inverse_sqrt", 1e-7)):
+        config: dict[str, Any] = {"learning_rate": rate, "schedule": schedule, "eps": eps, "warmup_steps": step}
+        write_checkpoint(tmp_path / f"checkpoint-{step}", checkpoints.make_contents(model, **config))
+        found = torch.load(tmp_path / f"checkpoint-{step}" / "training_args.bin", weights_only=False)
+        kind = {"wsd": "constant_with_warmup"}.get(schedule, schedule)
+        assert (rate, kind, eps, step) == (
+            found.learning_rate, found.lr_scheduler_type.value, found.adam_epsilon, found.warmup_steps,
+        )  # fmt: skip
 
 
 def test_a_checkpoint_names_the_one_before_it(model: Path, tmp_path: Path) -> None:

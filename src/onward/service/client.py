@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from onward.errors import NoSpace, OnwardError, UsageError
 from onward.layout import RunLayout
 from onward.ranks import Start
-from onward.service.holder import beat_of, is_held, read_heartbeat, read_holder
+from onward.service.holder import beat_of, is_held, is_this_thread, read_heartbeat, read_holder
 from onward.service.shown import PAUSED, Shown
 from onward.service.wishes import AFTER_FILE, ENDED_FIRST, FAILED_FIRST, RELEASE, Wish
 from onward.store.ledger import Ledger
@@ -183,7 +183,8 @@ def request(layout: RunLayout, ledger: Ledger, patience: float, wish: Wish) -> s
     """Record a request to the process that owns a run, wait for its answer, and return that, in words.
 
     Args:
-        patience: seconds to wait; a step may take longer, and the request stays open after that.
+        patience: seconds to wait; a step may take longer, and the request stays open after that. The thread that trains
+            the run does not wait: it asks itself, in an observer.
 
     Raises:
         EndedFirst: it ended without an answer.
@@ -191,6 +192,8 @@ def request(layout: RunLayout, ledger: Ledger, patience: float, wish: Wish) -> s
         OnwardError: the process shows no sign of life.
     """
     number = _record(layout, ledger, wish)
+    if is_this_thread(read_holder(layout.lock)):
+        return "the request is made; this thread trains the run, and comes to it after the current step"
     ends = time.monotonic() + patience
     while time.monotonic() < ends:
         held = is_held(layout.lock)  # checked first: a process may answer last of all

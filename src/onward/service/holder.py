@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,22 @@ SILENCE = 30.0
 
 
 def read_holder(lock: Path) -> dict[str, Any] | None:
-    """Return the pid, host and start time that the last holder of a lock wrote, or None if that cannot be read."""
+    """Return the pid, host and start time that the last holder of a lock wrote, or None if that cannot be read.
+
+    `thread` is the thread that took the lock; None if an earlier release did.
+    """
     try:
         holder = json.loads(lock.with_name(f"{lock.name}.holder").read_text())
-        return {"pid": int(holder["pid"]), "host": str(holder["host"]), "started": float(holder["started"])}
+        found = {"pid": int(holder["pid"]), "host": str(holder["host"]), "started": float(holder["started"])}
+        return {**found, "thread": holder.get("thread")}
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def is_this_thread(holder: dict[str, Any] | None) -> bool:
+    """Return whether a holder is the thread that asks, as in an observer: who waits for it waits for itself."""
+    here = {"pid": os.getpid(), "host": socket.gethostname(), "thread": threading.get_ident()}
+    return holder is not None and here.items() <= holder.items()
 
 
 def is_held(lock: Path) -> bool:

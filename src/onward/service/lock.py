@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -20,7 +21,7 @@ PATIENCE = 0.3
 
 
 class RunLock:
-    """An exclusive lock on the file `path`, with the holder's pid, host and start time in a file next to it.
+    """An exclusive lock on the file `path`; who holds it (pid, host, thread) and since when is in a file next to it.
 
     Raises:
         RunLocked: on entering, when another process holds it.
@@ -42,7 +43,8 @@ class RunLock:
                 where=self._holder.parent,
                 hint="onward status shows what it is doing, onward add gives it more files, onward stop ends it.",
             ) from None
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time()}
+        here = {"pid": os.getpid(), "host": socket.gethostname(), "thread": threading.get_ident()}
+        holder = {**here, "started": time.time()}
         with contextlib.suppress(OSError):  # the lock also works on a full disk
             self._holder.write_text(json.dumps(holder))
         return self
@@ -68,4 +70,5 @@ class RunLock:
         if holder is None:
             return "its name is not recorded"
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["started"]))
-        return f"pid {holder['pid']} on {holder['host']}, since {since}"
+        is_here = (holder["pid"], holder["host"]) == (os.getpid(), socket.gethostname())
+        return f"pid {holder['pid']}{' (this process itself)' if is_here else ''} on {holder['host']}, since {since}"

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from onward.atomic import TEMPORARY_PREFIX, fsync_file, publish_directory, remove_tree
+from onward.atomic import TEMPORARY_PREFIX, discard_tree, fsync_file, publish_directory
 from onward.digest import xxh3_file
 from onward.errors import UsageError
 from onward.events import Observe
@@ -129,7 +129,7 @@ class Making:
             yield temporary
             publish_directory(temporary, self._free(target.name))
         finally:
-            remove_tree(temporary)
+            discard_tree(temporary)
             os.close(lock)
             if is_first:
                 with contextlib.suppress(OSError):  # there is a release now

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -17,6 +18,8 @@ from onward.text import printable, quoted
 
 STATE, INFO, SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 SAVE_AGAIN = "save it again: dataset.flatten_indices().save_to_disk(FOLDER)"
+NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+"""Errors that say that there is no file of that name."""
 
 
 def is_saved_dataset(folder: Path) -> bool:
@@ -98,7 +101,7 @@ def _names(path: Path, key: str) -> list[str]:
 
 
 def require_file(path: Path) -> None:
-    """Refuse a mistyped path: one at which there is nothing, or a directory.
+    """Refuse a mistyped path: one at which there is nothing or cannot be anything, or a directory.
 
     Raises:
         UsageError: it is one of those.
@@ -106,10 +109,10 @@ def require_file(path: Path) -> None:
     shown = printable(str(path))
     try:
         path.stat()
-    except (FileNotFoundError, NotADirectoryError):
+    except (OSError, ValueError) as error:  # ValueError: no name of a file has a zero byte or half a surrogate pair
+        if isinstance(error, OSError) and error.errno not in NOWHERE:
+            return  # reported when the file is read
         raise UsageError("there is no such file", where=shown, hint="Check the path; nothing was added.") from None
-    except OSError:
-        return  # reported when the file is read
     if path.is_dir() and not is_saved_dataset(path):
         require_one_split(path)
         raise UsageError("this is a directory, not a file", where=shown, hint=f"Name its files: {quoted(path)}/*.jsonl")

@@ -6,6 +6,7 @@ process has it open for writing.
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable, Collection
@@ -21,6 +22,8 @@ PRIORITIES = {"high": 1, "normal": 0, "low": -1}
 """The ranks of priorities: folders of the inbox, and values of `--priority`."""
 IGNORED = (".part", ".partial", ".tmp", ".temp", ".crdownload", ".filepart", ".swp", "~")
 """Endings under which writers and editors keep unfinished files."""
+NO_FOLDER = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+"""Errors of listing what is no folder."""
 
 STUCK = "stuck"
 """The ledger's fact with the files that could not be taken out of the inbox: by path, what was seen, why and when."""
@@ -128,12 +131,15 @@ class Inbox:
         return result
 
     def _listed(self, folder: Path) -> list[os.DirEntry[str]]:
-        """Return the entries of a folder that are neither hidden nor unfinished; a priority may have no folder."""
+        """Return the entries of a folder that are neither hidden nor unfinished; a priority may have no folder.
+
+        A file that was moved to its name before there was one is a file like others.
+        """
         try:
             with os.scandir(folder) as entries:
                 return [each for each in entries if not each.name.startswith(".") and not each.name.endswith(IGNORED)]
-        except FileNotFoundError:
-            if folder == self.folder:
+        except OSError as error:
+            if folder == self.folder or error.errno not in NO_FOLDER:
                 raise
             return []
 

@@ -33,6 +33,9 @@ from onward.training.model.weights import save_weights
 from onward.training.state import TrainState
 from onward.training.trainer import Trainer
 
+EXACT = "A replay is exact only on the same machine with the same versions and thread count."
+REST = "onward verify checks everything else."
+
 
 def replay(layout: RunLayout, ledger: Ledger) -> str:
     """Train from the newest restore point before the current state up to it; return what was compared.
@@ -52,22 +55,43 @@ def replay(layout: RunLayout, ledger: Ledger) -> str:
         if not promises_bits(target.environment):
             raise VerificationFailed(
                 "equal bits are not promised for this run, so training again would prove nothing",
-                where="deterministic",
-                hint="Its steps may differ each time (`deterministic: false`, or an Apple GPU). onward verify "
-                "checks everything else.",
+                hint="Its steps may differ each time (`deterministic: false`, `exchange: fast` or unequal devices, an "
+                f"Apple GPU). {REST}",
             )
         if not same_environment(session.environment, target.environment):
             raise VerificationFailed(
                 f"the state was made elsewhere: {target.environment}, here {session.environment}",
-                hint="A replay is exact only on the same machine with the same versions and thread count.",
+                hint=EXACT,
             )
         config = stored_config(start.config)
         state = load_state(folder, start, replace(session.spec, config=config), treatment=session.treatment)
         evaluation = Evaluation(session, samples=Path(scratch) / "samples")
-        steps = sum(1 for _ in _train_again(session, evaluation, state, target, Path(scratch)))
-        _require_equal(state, target, Path(scratch))
+        try:
+            steps = sum(1 for _ in _train_again(session, evaluation, state, target, Path(scratch)))
+            _require_equal(state, target, Path(scratch))
+        except VerificationFailed as error:
+            _require_one_environment(ledger, start.step, target.step, error)
+            raise
     again = f"{how_many(steps, 'step')} from step {start.step} trained again"
     return f"{again}: weights, moments and losses equal, bit for bit"
+
+
+def _require_one_environment(ledger: Ledger, first: int, last: int, found: VerificationFailed) -> None:
+    """Say so if steps that gave something else again may have been taken elsewhere: on a node of another kind, say.
+
+    Args:
+        first: the step at which the replay began; the state there is given.
+        found: what differs.
+
+    Raises:
+        VerificationFailed: a handover between the two steps was not bitwise.
+    """
+    apart = [each for each in ledger.handovers() if first < each.step < last and each.name != "bitwise"]
+    if apart:
+        raise VerificationFailed(
+            f"steps up to {apart[-1].step} were taken in another environment (handover {apart[-1].name}): {found.what}",
+            hint=f"{EXACT} {REST}",
+        )
 
 
 def _start(layout: RunLayout, target: Manifest) -> tuple[Path, Manifest]:

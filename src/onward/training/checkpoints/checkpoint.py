@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
-from onward.atomic import TEMPORARY_PREFIX, fsync_file, publish_directory, remove_tree, write_file
+from onward.atomic import TEMPORARY_PREFIX, discard_tree, fsync_file, publish_directory, remove_tree, write_file
 from onward.config import Config
 from onward.digest import canonical_json, sha256_json, xxh3_file
 from onward.errors import NoSpace, NotMadeHere, Unreadable, VerificationFailed, is_out_of_space
@@ -143,7 +143,7 @@ def write_checkpoint(target: Path, contents: Contents, *, recorded: bool = False
         remove_checkpoint(target, run=contents.facts.run, recorded=recorded)  # damaged, or the step was trained again
         publish_directory(temporary, target)
     except (OSError, NotMadeHere, Unreadable, VerificationFailed) as error:
-        remove_tree(temporary)
+        discard_tree(temporary)
         if is_out_of_space(error):
             raise _no_space(target.parent, size) from None
         raise

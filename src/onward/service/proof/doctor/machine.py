@@ -94,7 +94,7 @@ def check_disk(layout: RunLayout) -> Iterator[Finding]:
     free = shutil.disk_usage(layout.root).free
     needed = _size_of_newest(layout)
     config = _config_or_defaults(layout)
-    kept = (config.keep_boundaries + 1) * needed
+    kept = (config.keep_boundaries + 1 + config.keep_days) * needed
     message = (
         f"{free / 1e9:.1f} GB free; a checkpoint takes {needed / 1e6:.0f} MB, restore points up to {kept / 1e6:.0f} MB"
     )
@@ -104,7 +104,7 @@ def check_disk(layout: RunLayout) -> Iterator[Finding]:
     elif not can_be_written(layout.root, needed):
         level, hint = "error", "Free some of your quota, which allows less: training pauses until there is room"
     elif free <= max(kept, LITTLE_DISK):
-        level, hint = "warning", "Free some space, or lower keep_boundaries"
+        level, hint = "warning", "Free some space, or lower keep_boundaries or keep_days"
     yield Finding(level, "disk", message, hint)
     yield from _inodes(layout)
 
