@@ -24,7 +24,7 @@ from onward.following import follow
 from onward.ranks import Place, place_here
 from onward.service.wishes import Stopped, Wishes
 from onward.training.device.environment import describe_environment
-from onward.training.ranks.forming import equalize, form
+from onward.training.ranks.forming import equalize, form, require_one_release
 from onward.training.ranks.meeting import meet
 
 LONG = {"order": "file", "rows": list(range(500))}
@@ -173,6 +173,15 @@ def test_a_stop_ends_the_wait_for_others(model: Path, tmp_path: Path, monkeypatc
         run = new_run(tmp_path / "run", model)
         follow(run.layout.root, Place(1, 2, 1, 2), stop=stop)
         assert [] == Run(run.layout.root, place=Place(0, 2, 0, 2)).train(stop=stop)
+
+
+def test_ranks_of_different_releases_are_refused() -> None:
+    """They may not understand each other: who differs from rank 0 is named, on which machine, and what it has."""
+    ranks = [{"host": f"node{rank}", "release": "0.3"} for rank in range(3)]
+    require_one_release(ranks)
+    for other, said in (({"release": "0.2"}, "0.2"), ({}, "an earlier release")):
+        with pytest.raises(UsageError, match=f"rank 1 on node1 has Onward {said}, rank 0 has 0.3"):
+            require_one_release([ranks[0], {"host": "node1", **other}, ranks[2]])
 
 
 def test_who_does_not_meet_rank_0_says_why(tmp_path: Path) -> None:

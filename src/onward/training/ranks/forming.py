@@ -22,6 +22,7 @@ from onward.training.device.support import require_support
 from onward.training.ranks.group import Group
 from onward.training.ranks.meeting import meet
 from onward.training.ranks.watch import Watch
+from onward.version import __version__
 
 SLACK = 2.0
 """Seconds beyond its time that a connection gets to say why it failed: it counts whole seconds, and the last one."""
@@ -48,14 +49,16 @@ def form(
 
     Raises:
         ConfigError: PyTorch is too old.
-        UsageError: this machine has no device for the rank.
+        UsageError: this machine has no device for the rank, or ranks have different releases of Onward.
         RankLost: a rank did not join.
     """
     require_support("training on several devices", NEEDS, where="devices", instead="train on one")
     device = device_of(place)
     store, watched = _stores(place, patience, check)
-    own = {"pid": os.getpid(), "host": socket.gethostname(), "environment": describe_environment(device, torch.float32)}
+    own: dict[str, Any] = {"pid": os.getpid(), "host": socket.gethostname(), "release": __version__}
+    own["environment"] = describe_environment(device, torch.float32)
     name, found = meet(store, (place.rank, place.size), own, patience, check)
+    require_one_release(found)
     store, watched = (cast(Any, distributed).PrefixStore(name, each) for each in (store, watched))
     unequal = equalize(found, report if place.rank == 0 else lambda _: None)
     names = [f"rank {rank} (pid {each['pid']} on {each['host']})" for rank, each in enumerate(found)]
@@ -117,6 +120,25 @@ def _stores(place: Place, patience: float, check: Callable[[], None]) -> tuple[A
         hint="MASTER_ADDR and MASTER_PORT must be reachable from every machine, and the port must be free. "
         f"If this shell has them from elsewhere: {UNSET}",
     )
+
+
+def require_one_release(found: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse ranks that may not understand each other.
+
+    Args:
+        found: what each rank said about itself.
+
+    Raises:
+        UsageError: one has another release of Onward than rank 0.
+    """
+    releases = [each.get("release", "an earlier release") for each in found]
+    for rank, release in enumerate(releases):
+        if release != releases[0]:
+            raise UsageError(
+                f"rank {rank} on {found[rank]['host']} has Onward {release}, rank 0 has {releases[0]}",
+                where="devices",
+                hint="Install the same release on every machine.",
+            )
 
 
 def equalize(found: Sequence[Mapping[str, Any]], report: Callable[[str], None]) -> list[str]:
