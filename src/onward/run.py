@@ -1,4 +1,4 @@
-"""The library: a run as an object. It can do everything that the command line can."""
+"""The library: a run as an object, to make, train, watch, control and prove; what shows or exports it is in `views`."""
 
 from __future__ import annotations
 
