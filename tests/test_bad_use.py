@@ -17,7 +17,9 @@ from commands import assert_refused, onward, onward_process, snapshot
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import onward as onward_package
+from onward import Run
 from onward.config.text import read_config
+from onward.errors import UsageError
 from onward.service.lock import RunLock
 
 
@@ -85,6 +87,19 @@ def test_a_directory_without_a_run_is_named(command: list[str], tmp_path: Path) 
     words = ("there is no run in this directory", str(tmp_path), f"onward init {tmp_path}")
     assert_refused(onward(*command, "--run", tmp_path), 2, *words)
     assert [] == list(tmp_path.iterdir())
+
+
+def test_a_run_by_a_relative_name_in_another_working_directory(
+    untouched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A notebook that moved on is told where no run is; nothing is said to be lost."""
+    monkeypatch.chdir(untouched.parent)
+    run = Run(untouched.name)
+    monkeypatch.chdir(tmp_path)
+    for work in (run.status, run.train, run.verify, run.pause):
+        with pytest.raises(UsageError, match="there is no run in this directory") as refused:
+            work()
+        assert str(tmp_path / untouched.name) == refused.value.where
 
 
 @pytest.mark.parametrize(

@@ -64,8 +64,9 @@ def test_identity_keys_are_keys() -> None:
         {"lora.targets": ["q_proj", "v_proj"], "betas": [0.8, 0.95], "schedule": "linear", "total_steps": 500},
         {"model": "a: b # c", "learning_rate": 1e-7, "seed": 2**62},
         {"model": "über/模型 'x' \"y\""},
+        {key: Path("a") for key in ("model", "adapter", "chat_template")} | {"evaluation.files": [Path("b")]},
     ],
-    ids=["defaults", "lists", "yaml-signs", "unicode"],
+    ids=["defaults", "lists", "yaml-signs", "unicode", "paths"],
 )
 def test_a_rendered_config_reads_back_equal(values: dict[str, Any], tmp_path: Path) -> None:
     """What `render_yaml` writes, `read_config` reads as the same config."""
@@ -129,6 +130,7 @@ def test_a_rate_may_be_written_in_any_way(text: str, tmp_path: Path) -> None:
         ({"max_length": 1}, ["max_length: 1"]),
         ({"seed": -1}, ["seed: -1"]),
         ({"model": ""}, ["model: ''"]),
+        ({"holdout": 2}, ["holdout: 2 is refused: input should be 'auto'", "holdout: 2 is refused: input should be less"]),
         ({"batch_size": 0, "epochs": 0}, ["batch_size: 0", "epochs: 0"]),
         ({"epochs": 10**9, "max_row_mb": 10**9}, [f"epochs: {10**9}", f"max_row_mb: {10**9}"]),
     ],

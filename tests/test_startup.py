@@ -126,6 +126,13 @@ def test_large_imports_rest_the_collector_and_put_their_objects_out_of_its_way()
     assert ["False True True"] == printed(IMPORTS.format(before="", library="torch"))
 
 
+@pytest.mark.parametrize(("level", "error"), [("1", "ValueError"), ("2", "UsageError")])
+def test_docstrings_that_were_left_out_are_named(level: str, error: str) -> None:
+    """transformers makes the docstrings of its models out of others, and fails where Python has removed them."""
+    said = "import os; sys.excepthook = lambda kind, *_: os._exit(print(kind.__name__, flush=True) or 0)"
+    assert [error] == printed(IMPORTS.format(before=said, library="gc; int('x')"), PYTHONOPTIMIZE=level)
+
+
 def test_a_process_that_has_torch_is_left_as_it_is() -> None:
     """Where torch is imported already, large garbage may wait: the collector stays on."""
     assert ["True True False"] == printed(IMPORTS.format(before="sys.modules['torch'] = sys", library="torch"))

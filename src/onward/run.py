@@ -1,8 +1,9 @@
-"""The library: a run as an object. It can do everything that the command line can."""
+"""The library: a run as an object, to make, train, watch, control and prove; what shows or exports it is in `views`."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -45,7 +46,7 @@ class Run(Owning):
     def create(
         cls,
         directory: PathLike,
-        model: str | None = None,
+        model: PathLike | None = None,
         *,
         report: Report = silent,
         loading: Loading = contextlib.nullcontext,
@@ -72,7 +73,7 @@ class Run(Owning):
         cls,
         checkpoint: PathLike,
         directory: PathLike,
-        model: str | None = None,
+        model: PathLike | None = None,
         *,
         settings: Mapping[str, Any] | None = None,
         fresh_moments: bool = False,
@@ -94,7 +95,8 @@ class Run(Owning):
             with loading():
                 from onward.service.state.adopt import adopt
 
-            for line in adopt(Path(checkpoint), layout, model, settings or {}, report, fresh_moments=fresh_moments):
+            base = None if model is None else os.fspath(model)
+            for line in adopt(Path(checkpoint), layout, base, settings or {}, report, fresh_moments=fresh_moments):
                 report(line)
         return cls(directory, loading=loading)
 

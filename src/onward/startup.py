@@ -18,6 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from onward.errors import UsageError
+
 _KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
 """How many kernels oneDNN caches: enough for the shapes of a step. Its default of 1,024, at half a megabyte each, is
 wasted, since nearly every step has another number of tokens. Read when oneDNN computes its first product."""
@@ -46,6 +48,9 @@ SOON = 0.5
 
 ENDINGS = tuple(number for number in signal.Signals if number.name in ("SIGTERM", "SIGHUP", "SIGUSR1"))
 """Signals that silently end a process: from a service manager, a closed terminal, Slurm. Windows has only the first."""
+
+_WITHOUT_DOCSTRINGS = 2
+"""The level of Python's optimization (`-OO`) at which docstrings are left out."""
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 """Parameters of glibc's `mallopt`."""
@@ -151,6 +156,9 @@ def large_imports() -> Generator[None]:
     torch, transformers and PEFT make half a million objects that live as long as the process. Going through them again
     and again takes a fifth of the time of their import; afterwards they are excluded from later collections. If torch
     is imported already, the collector is left alone: there may be large garbage waiting for it.
+
+    Raises:
+        UsageError: they cannot be imported because Python was told to leave docstrings out.
     """
     keep_freed_memory()
     if "torch" in sys.modules:
@@ -160,6 +168,11 @@ def large_imports() -> Generator[None]:
     gc.disable()
     try:
         yield
+    except ValueError as error:
+        if sys.flags.optimize < _WITHOUT_DOCSTRINGS:
+            raise
+        what, hint = "Python leaves docstrings out, and transformers cannot be imported without", "-O (1) works."
+        raise UsageError(what, where="-OO or PYTHONOPTIMIZE=2", hint=hint) from error
     finally:
         if was_enabled:
             gc.freeze()

@@ -22,6 +22,7 @@ from onward.config.sections import (
     LoraConfig,
     Name,
     NotifyConfig,
+    PathText,
     Rate,
     ReplayConfig,
     Section,
@@ -37,7 +38,7 @@ from onward.config.sections import (
 class Config(Section):
     """Every setting of a run. Identity keys are locked by fingerprint; the others change at the next boundary."""
 
-    model: Annotated[str, Field(min_length=1)] = Field(
+    model: PathText = Field(
         default="smollm2-135m", description="`smollm2-135m` (built in), a Hugging Face name, or a path to a causal LM."
     )
     method: Literal["lora", "full", "qlora"] = Field(
@@ -71,7 +72,7 @@ class Config(Section):
         description="On a GPU: compute only with operations that give the same bits every time. `false` allows others; "
         "handovers then say `not deterministic` instead of `bitwise`.",
     )
-    chat_template: Annotated[str, Field(min_length=1)] | None = Field(
+    chat_template: PathText | None = Field(
         default=None,
         description="Chat template instead of the tokenizer's own: a .jinja file, of which the run keeps a copy, or "
         "the name of a training template that TRL ships, such as `qwen3_training` (needs `onward[templates]`).",

@@ -36,6 +36,8 @@ Rate = Annotated[float, BeforeValidator(refuse_bool), Field(ge=0.0, allow_inf_na
 Fraction = Annotated[float, BeforeValidator(refuse_bool), Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
 Share = Annotated[float, BeforeValidator(refuse_bool), Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1)]
+PathText = Annotated[Name, BeforeValidator(path_text)]
+"""A path, or what may be one; a `Path` is taken as its text."""
 Tracker = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")]
 
 
@@ -150,7 +152,7 @@ class EvaluationConfig(Section):
         description="Share of the cost of training that measuring may add, counted in tokens; what does not fit is "
         "left blank. 0 is off; `onward init` writes 0.05.",
     )
-    files: list[Name] = Field(
+    files: list[PathText] = Field(
         default=[], description="Files with questions of your own that the model is measured on and never trained on."
     )
 

@@ -218,9 +218,11 @@ def open_ledger(layout: RunLayout, waiting: Waiting | None = None) -> Ledger:
         waiting: how long to wait for others that hold it.
 
     Raises:
-        UsageError: it is on a disk that other machines use.
-        DamagedState: it is empty, so it is not the one that the run was made with.
+        UsageError: the directory is not a run, such as a relative one after the working directory was changed, or the
+            ledger is on a disk that other machines use.
+        DamagedState: it is gone, or empty, so it is not the one that the run was made with.
     """
+    layout.require()
     require_local(layout)
     ledger = Ledger(layout.ledger, waiting=waiting)
     if ledger.get("run") is not None:

@@ -152,7 +152,8 @@ def verify(
 
 def doctor(run: RunOption = Path(), as_json: JsonOption = False) -> None:
     """Find what on this machine or in the run would stop training."""
-    from onward.service.proof.doctor.examination import examine
+    with startup.large_imports():
+        from onward.service.proof.doctor.examination import examine
 
     findings = examine(RunLayout(run))
     if as_json:
