@@ -19,7 +19,9 @@ from onward.service.intake.writers import is_being_written
 from onward.text import printable
 
 PRIORITIES = {"high": 1, "normal": 0, "low": -1}
-"""The ranks of priorities: folders of the inbox, and values of `--priority`."""
+"""The ranks of priorities, by the values of `--priority`."""
+FOLDERS = {"": 0, "high/": 1, "low/": -1}
+"""The folders that are scanned, with the ranks of their files."""
 IGNORED = (".part", ".partial", ".tmp", ".temp", ".crdownload", ".filepart", ".swp", "~")
 """Endings under which writers and editors keep unfinished files."""
 NO_FOLDER = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
@@ -122,12 +124,14 @@ class Inbox:
     def _entries(self, strange: list[str]) -> list[tuple[os.DirEntry[str], int, str]]:
         """Return all that may be a file, with its priority and its path; note directories that are no priority."""
         result: list[tuple[os.DirEntry[str], int, str]] = []
-        for below, priority in (("", 0), ("high/", 1), ("low/", -1)):
+        for below, priority in FOLDERS.items():
             for entry in self._listed(self.folder / below):
-                if not entry.is_dir(follow_symlinks=False):
-                    result.append((entry, priority, f"{below}{entry.name}"))
-                elif below or entry.name not in PRIORITIES:
-                    strange.append(f"{below}{entry.name}")
+                name = f"{below}{entry.name}"
+                is_priority = f"{name}/" in FOLDERS  # it may be a link to a folder elsewhere, as the inbox may be
+                if not (Path(entry.path).is_dir() if is_priority else entry.is_dir(follow_symlinks=False)):
+                    result.append((entry, priority, name))
+                elif not is_priority:
+                    strange.append(name)
         return result
 
     def _listed(self, folder: Path) -> list[os.DirEntry[str]]:
