@@ -12,6 +12,7 @@ from onward.store.ledger import Ledger
 from onward.store.metrics import RANGE
 from onward.store.migrations import MIGRATIONS
 from onward.views.page.buckets import AT_ONCE, KeptBuckets, size_for
+from onward.views.page.reading import RunReader
 
 
 def take_steps(ledger: Ledger, first: int, last: int) -> None:
@@ -66,6 +67,20 @@ def test_a_ledger_of_an_earlier_release_is_read_and_brought_up(tmp_path: Path) -
             (row["first"], row["last"]) for row in ledger.step_ranges().values()
         ]
     assert before == read_history(layout)
+
+
+def test_an_adopted_run_is_drawn_from_its_own_first_step(tmp_path: Path) -> None:
+    """It begins at the step that its checkpoint had: the steps before it are not recorded, and take no room."""
+    layout = made_up_run(tmp_path / "run", [("a.jsonl", 0)], float)
+    with Ledger(layout.ledger) as ledger:
+        take_steps(ledger, 100_001, 100_016)
+        kept = KeptBuckets(16)
+        kept.fill(ledger)
+        drawn = kept.draw(ledger, 16, None, None)
+        assert list(range(100_001, 100_017)) == drawn["columns"]["step"]
+        assert [100_001, 100_016] * 2 == [drawn[end] for end in ("first", "last", "oldest", "newest")]
+        assert list(range(100_009, 100_017)) == kept.draw(ledger, 16, 100_009, None)["columns"]["step"]
+    assert 16 == len(RunReader(layout).metrics(None)["step"])
 
 
 def test_a_very_long_run_is_sketched_until_it_is_added_up(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Every query reads a range of the table's key, so that none sorts, and none holds
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from onward.store.database import Values
@@ -40,6 +41,11 @@ class Span:
     position: int
     first: int
     last: int
+
+
+def steps_in(spans: Sequence[Span]) -> int:
+    """Return the number of steps in all spans; those of an adopted run do not begin at step 1."""
+    return spans[-1].last - spans[0].first + 1 if spans else 0
 
 
 class Curve(Ranges):

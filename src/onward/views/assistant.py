@@ -19,6 +19,8 @@ from mcp.types import ToolAnnotations
 
 from onward.errors import OnwardError
 from onward.run import Run
+from onward.store.curve import steps_in
+from onward.store.ledger import Ledger
 from onward.version import __version__
 
 INSTRUCTIONS = (
@@ -60,7 +62,8 @@ def _looking(run: Run) -> list[Tool]:
 
     def metrics(points: int = METRICS_POINTS) -> dict[str, list[Any]]:
         """The steps by column (loss, learning rate, gradient norm, tokens, time), thinned to about `points` steps."""
-        steps = int(run.status()["global_step"])
+        with Ledger(run.layout.ledger, read_only=True) as ledger:
+            steps = steps_in(ledger.spans())
         return run.metrics(every=max(1, -(-steps // max(points, 1))))
 
     def verify(deep: bool = False) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 from onward.curve import as_columns, read_curve
 from onward.errors import UsageError, cannot_write
 from onward.layout import RunLayout
-from onward.store.curve import Span
+from onward.store.curve import Span, steps_in
 from onward.store.ledger import Ledger
 from onward.text import how_many, printable
 
@@ -76,7 +76,7 @@ def read_drawing(layout: RunLayout) -> Drawing:
         spans = ledger.spans()
         if not spans:
             raise UsageError("the run has no steps yet", where=layout.root.absolute(), hint="onward train FILE")
-        count = spans[-1].last - spans[0].first + 1
+        count = steps_in(spans)
         columns = as_columns(read_curve(ledger, max(1, -(-count // POINTS))))
     title = f"{printable(layout.root.absolute().name)}: {how_many(count, 'step')}, {how_many(len(spans), 'file')}"
     return Drawing(columns, [_boundary(span) for span in spans], title)

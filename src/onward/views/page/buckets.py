@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 from onward.curve import Piece, buckets
-from onward.store.curve import Curve, Span
+from onward.store.curve import Curve, Span, steps_in
 from onward.store.database import Values
 from onward.store.metrics import RANGE
 
@@ -44,7 +44,7 @@ class KeptBuckets:
         """Add up the whole run, as far as that was not done yet."""
         with self._lock:  # once for all callers
             spans = ledger.spans()
-            size = size_for(_newest(spans), self._points)
+            size = size_for(steps_in(spans), self._points)
             found = list(buckets(spans, size))
             adding = _Adding(ledger, size, self._unknown(found))
             self._kept = {_identity(bucket): self._sums(adding, bucket) for bucket in found}
@@ -55,9 +55,9 @@ class KeptBuckets:
         `exact` is false if ranges are shown by their last step alone until `fill` has added them up.
         """
         spans = ledger.spans()
-        newest = _newest(spans)
-        begin, end = max(1, first or 1), newest if last is None else min(last, newest)
-        base, size = size_for(newest, self._points), size_for(end - begin + 1, max(1, points))
+        newest, oldest = _newest(spans), _newest(spans) - steps_in(spans) + 1
+        begin, end = max(oldest, first or oldest), newest if last is None else min(last, newest)
+        base, size = size_for(steps_in(spans), self._points), size_for(end - begin + 1, max(1, points))
         if size >= base or (COARSE * size >= base and end - begin >= AT_ONCE):
             size = base
             begin = (begin - 1) // size * size + 1
@@ -72,7 +72,8 @@ class KeptBuckets:
         columns = {name: [row[place] for row in rows] for place, name in enumerate(DRAWN)}
         seen = [span for span in spans if span.first <= end and span.last >= begin]
         files = [[span.name, span.position, span.first, span.last] for span in seen]
-        return {"columns": columns, "files": files, "exact": not quick, "first": begin, "last": end, "newest": newest}
+        ends = {"first": begin, "last": end, "oldest": oldest, "newest": newest}
+        return {"columns": columns, "files": files, "exact": not quick, **ends}
 
     def _unknown(self, found: Sequence[Bucket]) -> list[Bucket]:
         return [bucket for bucket in found if _identity(bucket) not in self._kept]

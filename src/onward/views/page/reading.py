@@ -20,6 +20,7 @@ from onward.service.intake.inbox import FOLDERS, IGNORED
 from onward.service.intake.names import REPORT
 from onward.service.knowledge.table import read_newest
 from onward.status import read_grid, read_history, read_status
+from onward.store.curve import steps_in
 from onward.store.database import Values
 from onward.store.files import Finished
 from onward.store.ledger import PROOF, Ledger, look_into
@@ -74,8 +75,7 @@ class RunReader:
         """Return the step records as columns, one in `every` (see `read_curve`); by default, a few thousand in all."""
         with self.ledger() as ledger:
             if every is None:
-                spans = ledger.spans()
-                every = max(1, -(-spans[-1].last // AUTOMATIC)) if spans else 1
+                every = max(1, -(-steps_in(ledger.spans()) // AUTOMATIC))
             return as_columns(read_curve(ledger, every))
 
     def curve(self, points: int, first: int | None, last: int | None) -> dict[str, Any]:

@@ -58,6 +58,7 @@ export function addSteps(columns) {
     if (timer === null) later(AGAIN);
     return;
   }
+  if (!shown.length) [drawn.oldest] = columns.step;
   columns.step.forEach((step, index) => {
     if (shown.length && step <= shown.at(-1)) return;
     const loss = columns.loss[index], norm = columns.grad_norm[index];
@@ -147,18 +148,18 @@ function tell() {
 }
 
 function zoom(first, last) {
-  const newest = drawn?.newest ?? 0;
-  const from = Math.max(1, Math.floor(first)), to = Math.min(newest, Math.ceil(last));
-  range = from <= 1 && to >= newest ? null : [from, Math.max(from + 2, to)];
+  const oldest = drawn?.oldest ?? 1, newest = drawn?.newest ?? 0;
+  const from = Math.max(oldest, Math.floor(first)), to = Math.min(newest, Math.ceil(last));
+  range = from <= oldest && to >= newest ? null : [from, Math.max(from + 2, to)];
   loadCurve();
 }
 
 function scaled(factor, shift) {
   if (!drawn) return;
-  const [first, last] = range ?? [1, drawn.newest];
+  const [first, last] = range ?? [drawn.oldest, drawn.newest];
   const length = Math.max(4, (last - first) * factor);
   let middle = (first + last) / 2 + shift * (last - first);
-  middle = Math.min(Math.max(middle, 1 + length / 2), Math.max(drawn.newest - length / 2, 1 + length / 2));
+  middle = Math.min(Math.max(middle, drawn.oldest + length / 2), Math.max(drawn.newest - length / 2, drawn.oldest + length / 2));
   zoom(middle - length / 2, middle + length / 2);
 }
 
