@@ -10,7 +10,7 @@ from pathlib import Path
 
 from onward.config import Config
 from onward.config.text import read_config
-from onward.errors import OnwardError, UsageError
+from onward.errors import OnwardError, RankLost, UsageError
 from onward.layout import RunLayout
 from onward.library.torch_defaults import defaults_of_torch
 from onward.ranks import Place
@@ -49,7 +49,8 @@ def follow(
     except Stopped:
         return
     except OnwardError as error:
-        if place.local_rank == 0:  # rank 0 says what keeps those of its own machine from it, but knows of no other
+        is_with_first = place.rank == place.local_rank  # then rank 0 meets the same, unless it is what is missing
+        if isinstance(error, RankLost) if is_with_first else place.local_rank == 0:
             report(f"onward: rank {place.rank}: {error}")
         raise
     with defaults_of_torch():

@@ -184,13 +184,28 @@ def test_ranks_of_different_releases_are_refused() -> None:
             require_one_release([ranks[0], {"host": "node1", **other}, ranks[2]])
 
 
-def test_who_does_not_meet_rank_0_says_why(tmp_path: Path) -> None:
-    """Rank 0 cannot know it of another machine, of which one process speaks; on its own it meets the same itself."""
+def port_without_rank_0() -> int:
+    """Return a port on which nobody listens."""
+    with socket.socket() as closed:
+        closed.bind(("localhost", 0))
+        return int(closed.getsockname()[1])
+
+
+def test_who_does_not_meet_rank_0_says_why(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 cannot know it of another machine, of which one process speaks; on its own it meets the same itself,
+    unless it is what is missing."""
     said: list[str] = []
     for place in (Place(1, 4, 1, 2), Place(2, 4, 0, 2), Place(3, 4, 1, 2)):
         with pytest.raises(UsageError, match="the run is not on this machine"):
             follow(tmp_path / "run", place, report=said.append)
     assert ["onward: rank 2: the run is not on this machine"] == [line.partition(" [")[0] for line in said]
+    run, lost = new_run(tmp_path / "made", model, rank_timeout=1), [Place(1, 4, 1, 2), Place(3, 4, 1, 2)]
+    for place in lost:
+        for name, value in At(place.rank, 4, port_without_rank_0()).variables().items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(RankLost):
+            follow(run.layout.root, place, report=said.append)
+    assert ["onward: rank 1"] == [line.partition(": the processes cannot")[0] for line in said[1:]]
 
 
 def wait_for_the_frozen() -> None:

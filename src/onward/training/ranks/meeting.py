@@ -17,6 +17,8 @@ from onward.training.ranks.watch import HINT
 
 PAUSE = 0.02
 """Seconds between two checks."""
+LATER = 3.0
+"""Seconds that other ranks wait longer than rank 0, which so has the word if one does not come."""
 _FIRST, _ALL = "first", "all"
 
 
@@ -41,7 +43,7 @@ def meet(
     """
     rank, size = place
     own = {**own, "name": uuid.uuid4().hex}
-    ends = time.monotonic() + patience
+    ends = time.monotonic() + patience + (LATER if rank else 0.0)
     first: str | None = None
     if rank == 0:
         first = own["name"]

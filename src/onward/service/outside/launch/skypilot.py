@@ -84,5 +84,6 @@ COMMENTS = {
     "resources.use_spot": "A machine that is taken away is replaced; the run continues from its last commit.",
     "resources.job_recovery": "How often a failed process is restarted on the same machine.",
     "volumes": "Outlives the machine. One machine at a time: several must not share the disk of the ledger.",
+    "setup": "Onward is not on PyPI yet: name its sources or a wheel, which file_mounts can bring along.",
     "file_mounts": "The run as it is now, for the first start.",
 }
