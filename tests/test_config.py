@@ -130,6 +130,10 @@ def test_a_rate_may_be_written_in_any_way(text: str, tmp_path: Path) -> None:
         ({"max_length": 1}, ["max_length: 1"]),
         ({"seed": -1}, ["seed: -1"]),
         ({"model": ""}, ["model: ''"]),
+        (
+            {"holdout": 2},
+            ["holdout: 2 is refused: input should be 'auto'", "holdout: 2 is refused: input should be less"],
+        ),
         ({"batch_size": 0, "epochs": 0}, ["batch_size: 0", "epochs: 0"]),
     ],
 )

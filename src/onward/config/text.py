@@ -145,7 +145,9 @@ def _nearest(name: str) -> str:
 
 
 def _describe(problem: Any) -> str:
-    key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("function-", "list[", "str")))
+    key = ".".join(
+        str(part) for part in problem["loc"] if not str(part).startswith(("function-", "list[", "literal[", "str"))
+    )
     message = str(problem["msg"]).removeprefix("Value error, ")
     if not key:
         return message
