@@ -511,10 +511,11 @@ def _bounds(schema: Mapping[str, Any]) -> Iterable[str]:
         (("le", "maximum"), "at most"),
         (("lt", "exclusiveMaximum"), "below"),
     )
+    powers = {2**63: "2^63", 10**9: "10^9"}
     for keys, word in words:
         for key in keys:
             if key in schema:
-                yield f"{word} {'2^63' if schema[key] == 2**63 else format(schema[key], 'g')}"
+                yield f"{word} {powers.get(schema[key]) or format(schema[key], 'g')}"
 
 
 def _refusal(parse: Callable[[Any], object], value: Any, error_type: type[Exception]) -> Any:

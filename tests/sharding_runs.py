@@ -60,9 +60,10 @@ LIMIT = 0.5
 
 
 def config_of(folder: Path, method: str) -> Config:
-    """Return the config of the runs that are compared."""
+    """Return the config of the runs that are compared; an adapter trains rows of the embedding, too."""
     values = {"model": str(folder), "method": method, "learning_rate": 1e-2, "seed": 1}
-    return Config.model_validate(values | ({"lora": {"rank": 2, "dropout": 0.1}} if method == "lora" else {}))
+    lora = {"rank": 2, "dropout": 0.1, "trainable_tokens": [3, 4]}
+    return Config.model_validate(values | ({"lora": lora} if method == "lora" else {}))
 
 
 def shares_of_step(step: int) -> list[list[Part]]:

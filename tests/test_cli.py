@@ -20,6 +20,7 @@ from ledgers import add_file, made_up_run
 
 from onward import cli
 from onward.cli.options import completer
+from onward.profiling import table_of
 from onward.store.ledger import Ledger
 
 HISTORY_KEYS = [
@@ -180,6 +181,25 @@ def test_a_profile_is_a_trace_and_the_top_costs(copy: Path, tmp_path: Path) -> N
     assert "aten::mm" in outcome.err
     trace = json.loads((copy / "logs" / "profile" / "trace.json").read_text())
     assert any(event.get("name") == "aten::mm" for event in trace["traceEvents"])
+
+
+def test_a_profile_of_a_device_is_of_its_kernels() -> None:
+    """An operation has the time of the kernels that it launched, too: counted twice, every share would be half."""
+    times = (("mm", "CPU", 3e6), ("gemm", "CUDA", 3e6), ("span", "CUDA", 4e6), ("copy", "CUDA", 1e6))
+    mm, kernel, span, copying = (
+        SimpleNamespace(
+            key=key,
+            count=2,
+            device_type=SimpleNamespace(name=device),
+            is_user_annotation=key == "span",
+            self_cpu_time_total=2e3,
+            self_device_time_total=time,
+        )
+        for key, device, time in times
+    )
+    lines = [line.split() for line in table_of([mm, copying, span, kernel]).splitlines()]
+    assert [["75.0%", "3000", "ms", "2", "calls", "gemm"], ["25.0%", "1000", "ms", "2", "calls", "copy"]] == lines
+    assert ["100.0%", "2", "ms", "2", "calls", "mm"] == table_of([mm]).split()
 
 
 def test_what_the_stream_still_owes_may_be_given_again(copy: Path, tmp_path: Path) -> None:

@@ -60,6 +60,16 @@ def test_an_exactness_check_that_did_not_end_is_not_passed_over() -> None:
     assert ["twice", "files"] == report.not_equal(records)
 
 
+def test_remarks_belong_to_the_figures_that_they_are_about() -> None:
+    """A new page has its day and none of the remarks on an earlier one; they are added when somebody asks for it."""
+    report = load("report")
+    figures = {"device": "H200", "versions": {}, "python": "3.12", "cuda": "13.0", "product": 7e14, "copy": 4e12}
+    records = [{"subject": "machine", "date": "2026-12-01", **figures}]
+    assert "2026-12-01: H200, CUDA 13.0" in report.render(records)
+    assert "## Remarks" not in report.render(records)
+    assert report.render(records, remarks="## Remarks\n\nOf one day.\n").endswith("\n\n## Remarks\n\nOf one day.\n")
+
+
 def test_a_line_that_was_cut_is_left_out(tmp_path: Path) -> None:
     """What a process was writing when it was ended costs one figure, not the page."""
     record, path = load("record"), tmp_path / "results.jsonl"

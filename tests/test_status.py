@@ -121,13 +121,26 @@ def test_what_is_in_no_commit_does_not_count_unless_it_is_being_trained(
     )
 
 
+def test_a_command_that_does_not_train_is_not_taken_for_the_process_that_died(layout: RunLayout) -> None:
+    """While `verify --deep` owns a run after a crash, what the dead process showed last is not what is done now."""
+    found: list[tuple[str, str]] = []
+    for pid in (os.getpid(), os.getpid() + 1):
+        with owned(layout, held=True, state="training", shown_by=pid):
+            found.append((read_status(layout)["state"], read_status(layout)["doing"]))
+    assert [("training", "training"), ("stopped", f"pid {os.getpid()} owns the run")] == found
+
+
 def test_between_two_files_the_last_steps_are_those_of_the_one_before(tmp_path: Path) -> None:
-    """Its loss and rate are shown; it is no longer the file, and has nothing left."""
+    """Its loss and rate are shown, also when a rollback gave the next one its place already; it is no longer the file,
+    and has nothing left.
+    """
     layout = made_up_run(tmp_path / "run", [("a.jsonl", 3)], lambda step: step / 2)
+    with Ledger(layout.ledger) as ledger:
+        add_file(ledger, "b.jsonl", state="queued", position=2)
     with owned(layout, held=True, state="evaluating"):
         found = read_status(layout)
     assert {
-        "global_step": 3, "file": None, "file_step": 0, "file_steps": 0, "lost_tokens": 0, "queue": 0, "loss": 1.5,
+        "global_step": 3, "file": None, "file_step": 0, "file_steps": 0, "lost_tokens": 0, "queue": 1, "loss": 1.5,
         "learning_rate": 1e-4, "tokens_per_second": None, "eta_seconds": None, "checkpoint": None,
     }.items() <= found.items()  # fmt: skip
     empty = made_up_run(tmp_path / "empty", [], float)
@@ -137,19 +150,21 @@ def test_between_two_files_the_last_steps_are_those_of_the_one_before(tmp_path: 
     )
 
 
-@pytest.mark.parametrize("held", [True, False])
-def test_a_file_that_has_taken_no_step_yet_has_no_figures(tmp_path: Path, held: bool) -> None:
-    """The run is where it was committed, and nothing is known of the pace."""
+@pytest.mark.parametrize(("held", "committed"), [(True, 3), (False, 3), (True, 2), (False, 2)])
+def test_a_file_that_has_taken_no_step_yet_has_no_figures(tmp_path: Path, held: bool, committed: int) -> None:
+    """The run is where it began, also while the boundary before it is still being committed, and nothing is known of
+    the pace; without a process, it is where it was committed.
+    """
     layout = made_up_run(tmp_path / "run", [("a.jsonl", 3)], float)
     with Ledger(layout.ledger) as ledger:
-        file_id = add_file(ledger, "b.jsonl", state="training", position=2, start_step=3, planned_steps=PLANNED)
-        made = ledger.begin_checkpoint(step=3, file_id=file_id, boundary=1, state_digest="d", basis="b")
+        add_file(ledger, "b.jsonl", state="training", position=2, start_step=3, planned_steps=PLANNED)
+        made = ledger.begin_checkpoint(step=committed, file_id=1, boundary=1, state_digest="d", basis="b")
         ledger.commit_checkpoint(made, size=1, seconds=0.1)
     with owned(layout, held=held, state="training"):
         found = read_status(layout)
     assert {
-        "global_step": 3, "file": "b.jsonl", "file_step": 0, "file_steps": PLANNED, "loss": None, "learning_rate": None,
-        "tokens_per_second": None, "eta_seconds": None,
+        "global_step": 3 if held else committed, "file": "b.jsonl", "file_step": 0, "file_steps": PLANNED,
+        "loss": None, "learning_rate": None, "tokens_per_second": None, "eta_seconds": None,
     }.items() <= found.items()  # fmt: skip
 
 

@@ -20,19 +20,22 @@ SOURCES = (
     "and settings are theirs; none of it was measured here."
 )
 GOALS = {"Qwen3-0.6B": 54000, "Qwen3-1.7B": 33000, "Llama-3.1-8B": 12500}
-EQUAL = ("twice", "one process and three", "handovers", "verify --deep", "SIGKILL")
+EQUAL = ("twice", "one process and three", "handovers", "verify --deep", "SIGKILL", "failed recording")
 REMARKS = Path(__file__).parents[1] / "REMARKS-GPU.md"
-"""What a person says about the figures, kept apart from them."""
+"""What a person says about the figures, kept apart from them: about those of one day, not about later ones."""
 RATIOS = ("gap between files", "stall of a commit", "resume", "determinism")
 
 
-def render(records: Sequence[Record]) -> str:
-    """Return the page in Markdown."""
+def render(records: Sequence[Record], *, remarks: str = "") -> str:
+    """Return the page in Markdown.
+
+    Args:
+        remarks: what a person says about these records.
+    """
     found = [each for each in records if "subject" in each]
     statuses = [each for each in records if "check" in each]
     parts = (_speed, _layers, _memory, _room, _ratios)
     sections = [_machine(found), _exactness(found, statuses), *(part(found) for part in parts), _statuses(statuses)]
-    remarks = REMARKS.read_text(encoding="utf-8") if REMARKS.exists() and found else ""
     head = (
         "# Results on a GPU\n\n"
         "Written by `make gpu`. Models have the shapes of public ones and random weights, rows are random tokens.\n"
@@ -41,7 +44,7 @@ def render(records: Sequence[Record]) -> str:
         "step. The share of the peak counts 4 operations for each weight and token with LoRA and 6 where all weights\n"
         "are trained, against the vendor's figure for dense bfloat16.\n"
     )
-    return "\n".join([head, *sections, remarks]).rstrip() + "\n"
+    return "\n".join([head, *sections, remarks if found else ""]).rstrip() + "\n"
 
 
 def _of(records: Iterable[Record], *subjects: str) -> list[Record]:
@@ -72,8 +75,9 @@ def _machine(found: Sequence[Record]) -> str:
         return "Nothing was run on a GPU yet: no figure below was seen.\n"
     each = machines[-1]
     versions = ", ".join(f"{name} {version}" for name, version in each["versions"].items())
+    day = f"{each['date']}: " if "date" in each else ""
     return (
-        f"{each['device']}, CUDA {each['cuda']}, Python {each['python']}, {versions}.\n"
+        f"{day}{each['device']}, CUDA {each['cuda']}, Python {each['python']}, {versions}.\n"
         f"A product of two bfloat16 matrices ran at {each['product'] / 1e12:.3g} TFLOP/s, a copy on the device at "
         f"{each['copy'] / 1e12:.3g} TB/s (bytes read and written).\n"
     )

@@ -224,8 +224,9 @@ def measure_machine() -> None:
     target = torch.empty_like(source)
     copied = _median_of(lambda: target.copy_(source))
     emit(
-        "machine", device=device_name(), versions=versions, python=sys.version.split()[0], numpy=np.__version__,
-        cuda=torch.version.cuda, product=2 * size**3 / seconds, copy=2 * source.nbytes / copied,
+        "machine", date=time.strftime("%Y-%m-%d", time.gmtime()), device=device_name(), versions=versions,
+        python=sys.version.split()[0], numpy=np.__version__, cuda=torch.version.cuda,
+        product=2 * size**3 / seconds, copy=2 * source.nbytes / copied,
     )  # fmt: skip
 
 

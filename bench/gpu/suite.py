@@ -4,7 +4,8 @@
 Each check is a process of its own with a limit of its own; the most valuable come first, and results are written as
 they come, so that a run that is cut short still tells something. While a check runs, the process of the next one
 imports and waits for its turn without touching the GPU (`turns.py`). Nothing is downloaded. `--tiny` runs everything
-with tiny shapes, on a CPU too: that is how the script itself is tested. `--render FILE` recreates the page.
+with tiny shapes, on a CPU too: that is how the script itself is tested. `--render FILE` recreates the page, with the
+remarks, which somebody has to write first.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import record
-from report import not_equal, render
+from report import REMARKS, not_equal, render
 from turns import Prepared
 
 HERE = Path(__file__).parent
@@ -91,6 +93,7 @@ def checks(tiny: bool) -> list[Check]:
     return [
         Check("files", ("exactness.py", "files", small), 150, "", False),
         Check("kills", ("exactness.py", "kills", small), 150, "", False), *exact,
+        Check("failed recordings", ("failures.py",), 60, "", False),
         Check("machine", ("speed.py", "machine"), 40), first, beside, resume, *speed[:5], *room, *speed[5:], *ways,
     ]  # fmt: skip
 
@@ -107,6 +110,7 @@ class Suite:
         self._out, self._deadline, self._reason = out, deadline, reason
         self._records = out / "results.jsonl"
         self._processes: dict[Check, Prepared] = {}
+        self._writes = threading.Lock()
 
     def run(self, chosen: list[Check]) -> None:
         """Make those that are not timed in parallel, then each of the others alone.
@@ -164,15 +168,16 @@ class Suite:
             status = self._outcome(check, process, min(check.seconds, self._left()))
         seconds = round(time.monotonic() - begun, 1)
         exact = {} if check.alone else {"exact": True}
-        record.append(self._records, {"check": check.name, "status": status, "seconds": seconds, **exact})
-        print(f"{check.name}: {status} ({seconds} s)", file=sys.stderr, flush=True)
-        (self._out / PAGE.name).write_text(render(record.read(self._records)), encoding="utf-8")
+        with self._writes:  # checks that run together end together: the page of one would mix with that of another
+            record.append(self._records, {"check": check.name, "status": status, "seconds": seconds, **exact})
+            print(f"{check.name}: {status} ({seconds} s)", file=sys.stderr, flush=True)
+            (self._out / PAGE.name).write_text(render(record.read(self._records)), encoding="utf-8")
 
     def _outcome(self, check: Check, process: Prepared, seconds: float) -> str:
         status = process.take_turn(seconds)
         del self._processes[check]
         said = process.said()
-        with (self._out / "log.txt").open("a", encoding="utf-8") as stream:
+        with self._writes, (self._out / "log.txt").open("a", encoding="utf-8") as stream:
             stream.write(f"== {check.name}\n{said[-8000:]}\n")
         if status is None:
             return f"not finished in {seconds:.0f} s"
@@ -212,10 +217,10 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, on any device")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for all of it")
     parser.add_argument("--only", nargs="*", help="checks whose name has one of these words")
-    parser.add_argument("--render", type=Path, help="make the page from a results.jsonl, and run nothing")
+    parser.add_argument("--render", type=Path, help="make the page from a results.jsonl, with the remarks; run nothing")
     options = parser.parse_args()
     if options.render is not None:
-        PAGE.write_text(render(record.read(options.render)), encoding="utf-8")
+        PAGE.write_text(render(record.read(options.render), remarks=REMARKS.read_text("utf-8")), encoding="utf-8")
         return
     options.out.mkdir(parents=True, exist_ok=True)
     for name in ("results.jsonl", PAGE.name):

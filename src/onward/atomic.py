@@ -214,6 +214,12 @@ def remove_tree(path: Path) -> None:
             raise OSError(error.errno, error.strerror, str(path)) from None
 
 
+def discard_tree(path: Path) -> None:
+    """Remove what a write that ended left, as far as possible: its own error, if any, is the one to tell."""
+    with contextlib.suppress(OSError):
+        remove_tree(path)
+
+
 def remove_temporaries(found: Iterable[Path], is_own: Callable[[Path], bool]) -> None:
     """Remove what interrupted writes left; everything else in the same folders stays.
 

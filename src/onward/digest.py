@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +48,8 @@ def canonical_json(value: Any) -> bytes:
 def sha256_json(value: Any) -> str:
     """Return the SHA-256 of `canonical_json(value)`, in hex."""
     return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def state_digest(measured: Mapping[str, Any]) -> str:
+    """Return one digest of a measured state: weights, moments and Adam's counter together."""
+    return sha256_json([measured.get("weights"), measured.get("moments"), measured.get("adam_step")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,7 @@ class StepProfile:
         self._profiler.stop()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._profiler.export_chrome_trace(str(self.path))
-        averages = self._profiler.key_averages()
-        costs = sorted(averages, key=_own_time, reverse=True)[:TOP]
-        total = sum(map(_own_time, averages)) or 1.0
-        lines = [f"{_own_time(c) / total:6.1%} {_own_time(c) / 1e3:9.0f} ms {c.count:8} calls  {c.key}" for c in costs]
-        self._table = "\n".join(lines)
+        self._table = table_of(self._profiler.key_averages())
 
     def describe(self) -> str:
         """Return the top costs, by time spent in the operation itself."""
@@ -67,6 +64,19 @@ class StepProfile:
         return f"steps profiled: {count}; trace for ui.perfetto.dev: {self.path}\n{self._table}"
 
 
-def _own_time(cost: Any) -> float:
-    """Return the microseconds of an operation without the operations it calls, on the device if there is one."""
-    return float(cost.self_device_time_total or cost.self_cpu_time_total)
+def table_of(averages: Iterable[Any]) -> str:
+    """Return the top costs as lines: the share of all time, the time and the number of calls of each.
+
+    If a device ran kernels, only they count: the operations that launched them have the same time again, and the
+    processor's time besides.
+    """
+    every = list(averages)
+    kernels = [cost for cost in every if cost.device_type.name != "CPU" and not cost.is_user_annotation]
+    times = {id(cost): float(cost.self_device_time_total) for cost in kernels}
+    times = times or {id(cost): float(cost.self_cpu_time_total) for cost in every}
+    total = sum(times.values()) or 1.0
+    top = sorted((cost for cost in every if id(cost) in times), key=lambda cost: -times[id(cost)])[:TOP]
+    return "\n".join(
+        f"{times[id(cost)] / total:6.1%} {times[id(cost)] / 1e3:9.0f} ms {cost.count:8} calls  {cost.key}"
+        for cost in top
+    )

@@ -14,6 +14,8 @@ RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 """The variable that says how often the processes were started before."""
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun sets for every process that it starts."""
+UNSET = "unset RANK WORLD_SIZE"
+"""The command for a shell that has these variables from elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def place_here(environment: Mapping[str, str] = os.environ) -> Place | None:
         return None
     missing = [name for name in VARIABLES if name not in environment]
     if missing:
-        raise _wrong(f"{', '.join(missing)} is not set, and RANK is")
+        raise _wrong(f"RANK is set without {', '.join(missing)}")
     try:
         rank, size, local_rank, local_size = (int(environment[name]) for name in VARIABLES[:4])
     except ValueError:
@@ -76,6 +78,7 @@ def start_here(environment: Mapping[str, str] = os.environ) -> Start | None:
 
 def _wrong(what: str) -> UsageError:
     hint = (
-        "onward train --devices N starts the processes itself; so does torchrun --nproc-per-node N -m -- onward train."
+        "torchrun --nproc-per-node N -m -- onward train sets them all. To train in one process, or to let onward train "
+        f"--devices N start several: {UNSET}"
     )
     return UsageError(f"the variables of torchrun make no sense: {what}", where="environment", hint=hint)

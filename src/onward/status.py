@@ -38,8 +38,10 @@ def read_status(layout: RunLayout) -> dict[str, Any]:
     layout.require()
     with look_into(layout.ledger) as ledger:
         held = is_held(layout.lock)
-        state, problem = _state(ledger, held=held)
-        beat = beat_of(read_holder(layout.lock), ledger.get("heartbeat")) if held else None
+        holder = read_holder(layout.lock) if held else None
+        silent = holder["pid"] if holder and ledger.get("shown_by") not in (None, holder["pid"]) else None
+        state, problem = _state(ledger, held=held and silent is None)
+        beat = beat_of(holder, ledger.get("heartbeat")) if held else None
         age, stuck = read_heartbeat(beat, time.time())
         hangs, free = stuck is not None, shutil.disk_usage(layout.root).free
         if held and free < FULL:  # its owner waits, and cannot even record that in the ledger
@@ -51,11 +53,12 @@ def read_status(layout: RunLayout) -> dict[str, Any]:
         committed = checkpoint.step if checkpoint else 0
         is_live = state in BUSY and state != "loading"  # what a dead process trained since is lost
         last = _last_steps(ledger, current, None if is_live or current is None else committed)
-        step = last[0].step if last and is_live else committed
+        begun = current.first_step if current else committed  # the commit before it may still be being written
+        step = (last[0].step if last else begun) if is_live else committed
         return {
             "run": str(layout.root.absolute()),
             "state": state,
-            "doing": _doing(ledger, state, held=held),
+            "doing": _doing(ledger, state, held=held) if silent is None else f"pid {silent} owns the run",
             "global_step": step,
             "file": current.name if current else None,
             "file_step": last[0].step_in_file if last and current else 0,
@@ -74,7 +77,11 @@ def read_status(layout: RunLayout) -> dict[str, Any]:
 
 
 def _state(ledger: Ledger, *, held: bool) -> tuple[str, str | None]:
-    """Return the current state and problem: the ledger's, corrected for what a process that died could not write."""
+    """Return the current state and problem: the ledger's, corrected for what a process that died could not write.
+
+    Args:
+        held: whether the process that wrote them owns the run.
+    """
     state = str(ledger.get("state", "idle"))
     problem: str | None = ledger.get("problem")
     if state in BUSY and not held:
@@ -98,7 +105,7 @@ def _doing(ledger: Ledger, state: str, *, held: bool) -> str:
 
 def _last_steps(ledger: Ledger, current: FileRow | None, up_to: int | None) -> list[StepRecord]:
     """Return the newest step records (up to a step) of the file in training, or else of the last finished one."""
-    row = current or ledger.at_position(ledger.last_position())
+    row = current or ledger.at_position(ledger.last_begun())
     if row is None:
         return []
     return ledger.last_steps(row.id, PACE, up_to)

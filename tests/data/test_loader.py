@@ -1,7 +1,7 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -140,6 +140,27 @@ def test_end_to_end() -> None:
     assert (3, 5, 1) == flat.lengths
 
 
+def test_weights() -> None:
+    """Each target has the weight that its row gives it, 1 in a row that gives none; without any, all count as 1."""
+    weights = np.array([5, 1, 1, 0.25, 1 << 24], dtype=np.float32)
+    batch = batch_of(row(4, 5, 6), replace(row(2, 1, 4, 3, 7), weights=weights))
+    assert (1 << 24) + 1 + 1 + 0.25 == batch.weight
+    flat, padded = flatten(batch).weights, pad(batch, 0).weights
+    assert flat is not None
+    assert padded is not None
+    assert [1, 1, 0.25, 1 << 24] == flat.tolist()
+    assert [[1, 1, 1, 1, 1], [5, 1, 1, 0.25, 1 << 24]] == padded.tolist()
+    assert (np.float32, np.float32) == (flat.dtype, padded.dtype)
+    plain = batch.take([0])
+    assert (1, None, None) == (plain.weight, flatten(plain).weights, pad(plain, 0).weights)
+
+
+def test_longest_rows_first() -> None:
+    """Rows of equal length keep their order."""
+    batch = batch_of(row(1, 2), row(1, 2, 3), row(1), row(3, 2, 1))
+    assert [1, 3, 0, 2] == [reference.row for reference in batch.longest_first().references]
+
+
 def tokens_of(rows: list[Row]) -> int:
     """Return the tokens of rows laid end to end."""
     return sum(len(each.ids) for each in rows)
@@ -162,5 +183,5 @@ def test_split_by_size(
     parts = split(batch, limit)
     assert batch.references == [reference for part in parts for reference in part.references]
     assert batch.lines == [line for part in parts for line in part.lines]
-    assert all(len(part) == 1 or size(part.rows) <= limit for part in parts)
+    assert all(len(part) == 1 or 0 < size(part.rows) <= limit for part in parts)
     assert all(size([*one.rows, following.rows[0]]) > limit for one, following in pairwise(parts))

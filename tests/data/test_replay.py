@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onward.config import Config
+from onward.data.plan.cooldown import CooldownPlan
 from onward.data.plan.holdout import Share, count_held_out, held_out_rows, rows_in_question
 from onward.data.plan.order import FilePlan, RowReference, make_plan
 from onward.data.plan.replay import ReplayPlan, Source, needed_by, replayed_of
@@ -88,6 +89,20 @@ def test_the_choice_depends_on_seed_and_stream() -> None:
     chosen = [one.replayed_at(step) for step in range(one.steps)]
     assert chosen != [other.replayed_at(step) for step in range(other.steps)]
     assert chosen[7] == replay_plan(0.5).replayed_at(7)
+
+
+@pytest.mark.parametrize(
+    ("weighted", "chosen"), [(False, "c3 c1 b4 a6 c2 b1 b0 b3"), (True, "a5 a6 a3 a2 a7 a1 a2 c1")]
+)
+def test_what_is_replayed_and_held_out_never_changes(weighted: bool, chosen: str) -> None:
+    """A run resumed or verified by a later version has the same rows in its steps and the same ones left out."""
+    earlier = (Source("a", 9, (0, 8), 7.0), Source("b", 5, (), 0.0), Source("c", 5, (), 3.0))
+    plan = ReplayPlan(FilePlan(OWN, 8, 4, 1, 0), earlier, 1.0, weighted, "key")
+    drawn = [row for step in range(plan.steps) for row in plan.replayed_at(step)]
+    assert chosen == " ".join(f"{row.sha256}{row.row}" for row in drawn)
+    cooled = [row for step in range(2) for row in CooldownPlan(earlier, 4, 2, "key").rows_at(step)]
+    assert "b2 c1 c4 b0 a5 a7 b4 a1" == " ".join(f"{row.sha256}{row.row}" for row in cooled)
+    assert [333, 892, 303, 227, 786, 204, 34] == rows_in_question(5, "a", 1000, 7)
 
 
 def test_weighted_replay_draws_files_by_weight() -> None:

@@ -15,12 +15,17 @@ from typing import Any
 import pytest
 import torch
 from ranks import At, call_on_ranks
+from runs import new_run
 from torch.distributed import TCPStore
 
-from onward.errors import ConfigError, OnwardError, RankLost
+from onward import Run
+from onward.errors import ConfigError, OnwardError, RankLost, UsageError
+from onward.following import follow
 from onward.ranks import Place, place_here
+from onward.service.wishes import Stopped, Wishes
 from onward.training.device.environment import describe_environment
-from onward.training.ranks.forming import equalize, form
+from onward.training.ranks.forming import equalize, form, require_one_release
+from onward.training.ranks.meeting import meet
 
 LONG = {"order": "file", "rows": list(range(500))}
 SIZE = 2
@@ -151,6 +156,41 @@ def test_who_finds_no_store_says_where_it_looked(listens: bool, monkeypatch: pyt
             form(place, 0.2, print)
     assert f"localhost:{port}" == lost.value.where
     assert listens or "no answer" not in lost.value.what  # but what the attempt met
+
+
+def test_a_stop_ends_the_wait_for_others(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever a rank waits for those that have not come: rank 0 ends as one process does, the others just end."""
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    stop = Wishes()
+    stop.ask("SIGTERM")
+    with pytest.raises(Stopped):
+        meet(store, (0, 2), {}, 60.0, stop.check_for_end)
+    with socket.socket() as silent:
+        silent.bind(("localhost", 0))
+        silent.listen()
+        for name, value in At(1, 2, silent.getsockname()[1]).variables().items():
+            monkeypatch.setenv(name, value)
+        run = new_run(tmp_path / "run", model)
+        follow(run.layout.root, Place(1, 2, 1, 2), stop=stop)
+        assert [] == Run(run.layout.root, place=Place(0, 2, 0, 2)).train(stop=stop)
+
+
+def test_ranks_of_different_releases_are_refused() -> None:
+    """They may not understand each other: who differs from rank 0 is named, on which machine, and what it has."""
+    ranks = [{"host": f"node{rank}", "release": "0.3"} for rank in range(3)]
+    require_one_release(ranks)
+    for other, said in (({"release": "0.2"}, "0.2"), ({}, "an earlier release")):
+        with pytest.raises(UsageError, match=f"rank 1 on node1 has Onward {said}, rank 0 has 0.3"):
+            require_one_release([ranks[0], {"host": "node1", **other}, ranks[2]])
+
+
+def test_who_does_not_meet_rank_0_says_why(tmp_path: Path) -> None:
+    """Rank 0 cannot know it of another machine, of which one process speaks; on its own it meets the same itself."""
+    said: list[str] = []
+    for place in (Place(1, 4, 1, 2), Place(2, 4, 0, 2), Place(3, 4, 1, 2)):
+        with pytest.raises(UsageError, match="the run is not on this machine"):
+            follow(tmp_path / "run", place, report=said.append)
+    assert ["onward: rank 2: the run is not on this machine"] == [line.partition(" [")[0] for line in said]
 
 
 def wait_for_the_frozen() -> None:

@@ -136,12 +136,35 @@ def test_order_is_priority_then_first_sight_then_name(inbox: Inbox, clocks: Cloc
 
 def test_other_directories_are_named_and_left(inbox: Inbox) -> None:
     """A directory without a priority is not looked into; an inbox that is gone is an error of the system."""
-    write(inbox.folder / "other" / "a.jsonl")
+    for name in ("other", "normal"):
+        write(inbox.folder / name / "a.jsonl")
     (inbox.folder / "high" / "deep").mkdir(parents=True)
-    assert ([], ["other", "high/deep"]) == (inbox.scan().settled, inbox.scan().strange)
+    scan = inbox.scan()
+    assert ([], ["high/deep", "normal", "other"]) == (scan.settled, sorted(scan.strange))
     inbox.folder.rename(inbox.folder.with_name("away"))
     with pytest.raises(FileNotFoundError):
         inbox.scan()
+
+
+def test_a_priority_may_be_a_link_to_a_folder(inbox: Inbox, clocks: Clocks, tmp_path: Path) -> None:
+    """Its files are taken; the link is not one of them."""
+    write(tmp_path / "urgent" / "a.jsonl")
+    (inbox.folder / "high").symlink_to(tmp_path / "urgent")
+    inbox.scan()
+    clocks.tick(1000)
+    assert ([(inbox.folder / "high" / "a.jsonl", 1)], []) == (inbox.scan().settled, inbox.scan().strange)
+
+
+@pytest.mark.parametrize("make", [write, lambda path: path.symlink_to("no"), lambda path: path.symlink_to(path)])
+def test_a_file_with_the_name_of_a_priority_holds_up_nothing(
+    inbox: Inbox, clocks: Clocks, make: Callable[[Path], object]
+) -> None:
+    """Moved to `inbox/high` before there was such a folder, it is taken as any file is; so are the others."""
+    make(inbox.folder / "high")
+    write(inbox.folder / "a.jsonl")
+    inbox.scan()
+    clocks.tick(1000)
+    assert {"a.jsonl", "high"} == set(taken(inbox))
 
 
 def move_in(layout: RunLayout, *paths: Path) -> list[str]:

@@ -96,6 +96,8 @@ def test_it_is_locked_once_the_run_has_trained(tmp_path: Path, model: Path, rows
     (run / "mine.jinja").write_text(TEXT + " ")
     for command in ("add", "preview", "train"):
         assert_refused(onward(command, more, "--run", run), 1, "tokenizer or chat template changed on disk")
+    proof = onward("verify", "--run", run)
+    assert (5, 1) == (proof.status, proof.out.count("FAILED  base model: the tokenizer or chat template changed"))
     (run / "mine.jinja").write_text(TEXT)
     (run / "onward.yaml").write_text(config)
     for command in ("add", "preview", "train"):

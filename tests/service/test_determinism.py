@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from runs import new_run
 from states import assert_same_state
 
-from onward import Run
+from onward import Run, StepTaken, Wishes
 
 
 def set_key(run: Path, value: bool) -> None:
@@ -39,6 +42,23 @@ def test_a_run_without_determinism_says_so(model: Path, tmp_path: Path) -> None:
     run.train(files[3], tiny.write_jsonl(tmp_path / "last.jsonl", tiny.chat_rows(4, seed=9)))
     assert [*handovers, "not deterministic", "bitwise"] == [entry["handover"] for entry in run.history()]
     assert run.verify(deep=True).ok
+
+
+def test_a_replay_blames_no_steps_that_were_taken_elsewhere(model: Path, tmp_path: Path) -> None:
+    """What differs again is said, and that a process of another environment may have taken these steps."""
+    file = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.chat_rows(4))
+    run = new_run(tmp_path / "run", model, max_length=256, batch_size=2, lora={"rank": 2})
+    stop = Wishes()
+    run.train(file, observe=lambda event: stop.ask("a test") if isinstance(event, StepTaken) else None, stop=stop)
+    run.train()
+    said: list[str] = []
+    for change in ("steps SET loss = loss + 1 WHERE step = 1", "handovers SET class = 'close' WHERE step = 1"):
+        with closing(sqlite3.connect(run.layout.ledger)) as ledger, ledger:
+            assert 1 == ledger.execute(f"UPDATE {change}").rowcount
+        said += [check.detail for check in run.verify(deep=True).checks if not check.ok]
+    plain, elsewhere = said
+    assert plain.startswith("step 1 of a.jsonl had loss ")
+    assert elsewhere.startswith(f"steps up to 1 were taken in another environment (handover close): {plain}")
 
 
 Settings = tuple[torch.dtype, str, bool, int]

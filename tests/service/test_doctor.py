@@ -239,8 +239,8 @@ def test_what_a_process_that_trains_replaces_meanwhile_is_no_finding(
 def test_little_room_is_warned_of_before_training_pauses(layout: RunLayout, monkeypatch: pytest.MonkeyPatch) -> None:
     """For the next checkpoint with its margin there must be room, for all that is kept and two gigabytes should be."""
     needed = sum(path.stat().st_size for path in layout.checkpoints()[0].iterdir())
-    configure(Run(layout.root), disk_margin_mb=3, keep_boundaries=4)
-    least, kept, little = needed + (3 << 20), 5 * needed, machine.LITTLE_DISK
+    configure(Run(layout.root), disk_margin_mb=3, keep_boundaries=4, keep_days=2)
+    least, kept, little = needed + (3 << 20), (4 + 1 + 2) * needed, machine.LITTLE_DISK
 
     def level(free: int) -> str:
         monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
@@ -293,7 +293,8 @@ def test_steps_that_a_dead_process_lost_do_not_count(layout: RunLayout) -> None:
     """Until they are trained again the run stands where it was committed, and a living process at its last step."""
     with Ledger(layout.ledger) as ledger:
         committed = ledger.committed_step()
-        row = ledger.insert_file(**FILE, name="t.jsonl", state="training", position=3, planned_steps=9)
+        at = {"position": 3, "start_step": committed, "planned_steps": 9}
+        row = ledger.insert_file(**FILE, name="t.jsonl", state="training", **at)
         metrics = Metrics(layout.ledger)
         for step in (1, 2):
             metrics.append(StepRecord(row, committed + step, step, 0, 2, "digest", 20, 10, 1.5, 1e-4, 0.5, 0.25))

@@ -12,8 +12,9 @@ import processes
 import pytest
 import tiny
 import torch
-from commands import onward
-from daemons import configure
+from commands import assert_refused, onward
+from daemons import configure, rows_file
+from faults import copy_run
 from peft import PeftModel
 from states import assert_same_state
 from torch.nn import functional
@@ -27,7 +28,9 @@ from onward.data.tokenized import TokenizedFile
 from onward.errors import ConfigError
 from onward.events import Event, StepTaken
 from onward.hooks.evaluation import WAY, allowance
+from onward.layout import RunLayout
 from onward.service.knowledge.account import Account
+from onward.service.knowledge.anchor import FACT
 from onward.service.knowledge.table import GRID
 from onward.service.wishes import Wishes
 from onward.status import read_grid, read_status
@@ -126,6 +129,9 @@ def test_several_processes_are_one(whole: Run, model: Path, files: list[Path], t
     run.train()
     for folder in (*run.layout.tokens.iterdir(), *run.layout.samples.iterdir()):
         remove_tree(folder)  # replayed rows are read again from the archive, and those that are measured
+    texts, distributions = sorted(run.layout.anchor.iterdir())
+    (texts / "tokens.bin").write_bytes(bytes(texts.joinpath("tokens.bin").stat().st_size))
+    distributions.write_bytes(b"")
     assert 0 == processes.train(run.layout.root, files[2:])
     assert_same_state(whole.layout.root, run.layout.root)
     assert read_grid(whole.layout) == read_grid(run.layout)
@@ -175,6 +181,17 @@ def test_measuring_changes_no_bit(model: Path, files: list[Path], tmp_path: Path
         run.train(*files[:2])
     assert_same_state(*(run.layout.root for run in runs))
     assert [[0, 1, 2], [None] * 3] == [read_grid(runs[0].layout)["after"], read_grid(runs[0].layout)["anchor"]]
+
+
+def test_anchor_texts_that_the_base_does_not_write_again_are_missed(
+    whole: Run, files: list[Path], tmp_path: Path
+) -> None:
+    """Texts that are gone are written again; where that gives others, as on another machine, nothing is trained."""
+    run = copy_run(whole.layout.root, tmp_path / "run")
+    with Ledger(RunLayout(run).ledger) as ledger:
+        ledger.put(**{FACT: dict.fromkeys(ledger.get(FACT), "0" * 32)})
+    refused = onward("train", "--run", run, rows_file(tmp_path / "more.jsonl", 4))
+    assert_refused(refused, 5, "the base writes other ones here", "Put 4x8-", "back from a copy", "onward skip")
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

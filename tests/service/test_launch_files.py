@@ -174,6 +174,26 @@ def test_slurm_nodes_meet_at_the_one_with_the_ledger(programs: Programs, tmp_pat
     assert ["watch", "--run", str(layout.root), "--once"] == read.training_script_args
 
 
+def test_slurm_notice_reaches_the_ranks_of_a_node(programs: Programs, tmp_path: Path) -> None:
+    """torchrun, which a notice would end, gets none: its ranks get it, and it ends after them."""
+    layout = a_run(tmp_path)
+    rank, heard = tmp_path / "rank.py", tmp_path / "heard"
+    rank.write_text(
+        "import signal, pathlib\n"
+        f"signal.signal(signal.SIGUSR1, lambda *_: pathlib.Path({str(heard)!r}).touch())\n"
+        f"pathlib.Path({str(programs.ready)!r}).touch()\n"
+        "signal.pause()\n"
+    )
+    programs.add("srun", 'while [ "$1" != bash ]; do shift; done; export SLURM_NODEID=1; exec "$@"')
+    programs.add("scontrol", "printf 'node0\\nnode1\\n'")
+    (layout.root / "python").symlink_to(programs.folder / "agent")
+    programs.add("agent", f"{sys.executable} {rank} & wait; ended")
+    programs.add("ended")
+    assert 0 == run_slurm_script(SCHEDULERS["slurm"](job_of(layout, nodes=2)), programs, notice=True)
+    assert heard.exists()
+    assert ["ended", "scontrol"] == [call[0] for call in programs.calls[-2:]]
+
+
 # Kubernetes
 
 
@@ -252,6 +272,11 @@ def test_skypilot_fills_its_volume_once(name: str, programs: Programs, tmp_path:
     seed = programs.folder.parent / "onward-seed"
     seed.mkdir()
     layout.root.rename(seed / "run")
+    programs.add("sync", 'kill -9 "$PPID"')  # the machine is taken away
+    assert 0 != subprocess.run(["bash", "-c", task["run"]], env=programs.environment(), check=False).returncode
+    assert not layout.ledger.exists()
+    (programs.folder / "sync").unlink()
+    programs.log.unlink()
     for _ in range(2):
         done = subprocess.run(["bash", "-c", task["run"]], env=programs.environment(**task["envs"]), check=False)
         assert 0 == done.returncode

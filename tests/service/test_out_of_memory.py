@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from commands import onward
-from daemons import SETTINGS, rows_file
+from daemons import SETTINGS, configure, rows_file
 from states import assert_same_state
 
 from onward import Run
@@ -113,10 +113,12 @@ def test_no_file_is_lost_to_lack_of_memory(
 ) -> None:
     """Wherever memory runs out, and in whichever form, the files are trained as if it had not.
 
-    What the rows of a step need is tried in smaller parts. For everything else the machine is waited for, and the state
+    What the rows of a step need is tried in smaller parts, also where rows may be so long that each would be a part of
+    its own. For everything else the machine is waited for, and the state
     is the one of a run that never lacked memory.
     """
     form = FORMS[PLACES.index(place) % len(FORMS)]
+    configure(run, max_length=8192 if place == MIDDLE else SETTINGS["max_length"])
     Shortage(form).at(place, monkeypatch)
     told = watch(run)
     assert {"done"} == {entry["state"] for entry in run.history()}

@@ -266,6 +266,35 @@ def test_no_command_works_on_a_ledger_of_another_moment(
     assert (1, True) == (examined.status, way in examined.out)
 
 
+@pytest.mark.parametrize("rate", [None, 0.01], ids=["undone", "trained again under another config"])
+def test_a_state_of_an_undone_history_is_refused(
+    rate: float | None, root: Path, twin: Path, files: list[Path], tmp_path: Path
+) -> None:
+    """After a rollback, a copy of the states from before it is not taken for those of the ledger, be its steps undone
+    or trained again in another way; without the copy the run is what it was.
+    """
+    shutil.rmtree(root)
+    run = Run(copy_run(twin, root))
+    run.rollback("step:3", requeue=True)
+    if rate is not None:
+        run.layout.config.write_text(f"{run.layout.config.read_text()}\nlearning_rate: {rate}\n")
+        run.train()
+    expected = copy_run(root, tmp_path / "expected")
+    Run(expected).train()
+    for name in ("current_model", "boundaries"):
+        shutil.rmtree(root / name)
+        shutil.copytree(twin / name, root / name)
+    assert "one checkpoint" in [check.name for check in run.verify().checks if not check.ok]
+    for folder in (root / "current_model/checkpoint-5", root / "boundaries/step-5"):
+        with pytest.raises(DamagedState, match=r"5: they are not from the same moment") as refused:
+            run.train()
+        assert (str(folder), True) == (str(refused.value.where), "move this directory" in str(refused.value.hint))
+        folder.rename(tmp_path / folder.name)
+    run.train()
+    assert_same_state(expected, root)
+    assert run.verify(deep=True).ok
+
+
 def lose_name(folder: Path) -> None:
     """Make a manifest no JSON."""
     (folder / "onward.json").write_text("{")

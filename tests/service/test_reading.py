@@ -94,14 +94,18 @@ def test_a_snapshot_stays_when_training_goes_on(run: Run, files: list[Path], tmp
 
 
 def test_no_snapshot_of_what_is_damaged_or_not_there(run: Run, model: Path, tmp_path: Path) -> None:
-    """A name that is taken, a run that has committed nothing and a damaged checkpoint are refused; nothing is left."""
+    """A name that is taken, a run that has committed nothing and a checkpoint that is damaged at two looks are refused;
+    nothing is left.
+    """
     with pytest.raises(UsageError, match="of this name"):
         snapshot(run.layout, tmp_path)
     with pytest.raises(UsageError, match="nothing has been committed"):
         snapshot(new_run(tmp_path / "new", model).layout, tmp_path / "none")
     (run.layout.checkpoint(3) / "optimizer.pt").unlink()
+    linked: list[str] = []
     with pytest.raises(DamagedState, match=r"optimizer\.pt is missing"):
-        snapshot(run.layout, tmp_path / "damaged")
+        snapshot(run.layout, tmp_path / "damaged", linked.append)
+    assert 2 == linked.count("onward.json")
     assert ["new", "run"] == sorted(path.name for path in tmp_path.iterdir())
 
 

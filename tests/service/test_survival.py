@@ -216,8 +216,9 @@ def test_replay_that_differs_is_refused(files: list[Path], copy: Path) -> None:
     from onward.errors import VerificationFailed
     from onward.store.ledger import Ledger
 
-    (checkpoint,) = Run(copy).layout.checkpoints()
-    flip(checkpoint / "optimizer.pt")
+    layout = Run(copy).layout
+    for folder in (*layout.checkpoints(), layout.restore_points()[0]):
+        shutil.rmtree(folder)
     with Ledger(copy / "ledger.sqlite3") as ledger:
         ledger.write("UPDATE checkpoints SET state_digest = 'another' WHERE step = (SELECT max(step) FROM checkpoints)")
     with pytest.raises(VerificationFailed, match="gave a different state"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ def score(loss: float, rows: tuple[int, ...] = (1, 2), *, trained: bool = False)
     return {"loss": loss, "accuracy": loss / 10, "tokens": 5, "rows": list(rows), "trained": trained}
 
 
-A, B, C = (Column(key, place, f"{key}.jsonl") for place, key in enumerate("abc", start=1))
+A, B, C, D = (Column(key, place, f"{key}.jsonl") for place, key in enumerate("abcd", start=1))
+D_BEFORE = score(9.5)
 TABLE = Table(
     [A, B, C, Column("q", None, "q.jsonl")],
     [0, 1, 2, 3],
@@ -52,6 +54,11 @@ def test_the_figures_are_those_of_their_formulas() -> None:
     assert [1, 2, 3, None] == [file["position"] for file in found["files"]]
     assert [0, 1, 2, 3] == found["after"]
     assert [0.0, 0.1, None, 0.3] == found["anchor"]
+    begun = replace(TABLE, columns=[*TABLE.columns, D], scores=[*TABLE.scores[:-1], TABLE.scores[-1] | {"d": D_BEFORE}])
+    now = begun.to_dict()
+    assert [9.5, None] == [now["loss"][3][4], now["loss"][0][4]]
+    figures = ("average", "forgetting", "backward_transfer", "transfer")
+    assert [found[figure] for figure in figures] == [now[figure] for figure in figures], "file 4 has only begun"
 
 
 def test_other_rows_are_not_compared() -> None:
@@ -113,7 +120,7 @@ def test_the_table_is_aligned_with_its_figures_under_it() -> None:
         "2 b.jsonl      1.5000     3.0000      5.0000   9.0000       -",
         "3 c.jsonl      2.5000          -      1.0000   8.0000  0.3000",
         "",
-        "average loss now   1.7500",
+        "average loss now   1.7500 (of 2 of 3 files)",
         "forgetting         1.0000 mean, worst 1.0000 (file 1, a.jsonl)",
         "transfer           -0.7500 (loss on a file before it was trained, minus the base's)",
         "* measured on rows that were trained: retention, not generalization",
@@ -215,7 +222,7 @@ def test_a_table_of_many_files_is_shown_for_the_newest() -> None:
     assert ["q.jsonl", "anchor"] == lines[0].split()[-2:]
     assert ["base", "989", "1000"] == [lines[at].split()[0] for at in (1, 2, 13)]
     assert "988 earlier files are not shown; onward grid --csv and --json have every file" == lines[14]
-    assert "average loss now   1000.0000" == lines[16]
+    assert "average loss now   1000.0000 (of 1 of 1000 files)" == lines[16]
     assert (ON_PAPER + 2) * (ON_PAPER + 1) == grid_svg(grid).count("<rect") - 1
     assert (1002, 1003) == (len(grid_csv(grid).splitlines()), grid_csv(grid).splitlines()[1].count(",") + 1)
 

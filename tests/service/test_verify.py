@@ -12,6 +12,7 @@ import tiny
 from runs import new_run
 
 from onward import Run
+from onward.digest import xxh3_file
 from onward.errors import RunLocked
 from onward.service.lock import RunLock
 from onward.store.ledger import Ledger
@@ -54,6 +55,18 @@ def put_back(root: Path, step: int) -> None:
     shutil.copytree(root / f"boundaries/step-{step}", root / f"current_model/checkpoint-{step}")
 
 
+def change_tokens(root: Path) -> None:
+    """Change a token of the last file in the cache, with its hash."""
+    for folder in (root / "cache/tokens").iterdir():
+        path, meta = folder / "tokens.bin", json.loads((folder / "meta.json").read_text())
+        tokens = bytearray(path.read_bytes())
+        tokens[0] ^= 1
+        path.write_bytes(tokens)
+        meta["files"]["tokens.bin"]["xxh3"] = xxh3_file(path)
+        meta.pop("xxh3")
+        (folder / "meta.json").write_text(json.dumps(meta))
+
+
 ANOTHER_BASE = """UPDATE run SET value = replace(value, '"base": "', '"base": "0') WHERE key = 'identity'"""
 ANOTHER_STEP = "UPDATE checkpoints SET step = step - 1 WHERE step = (SELECT max(step) FROM checkpoints)"
 
@@ -72,6 +85,8 @@ TAMPERING: dict[str, tuple[Callable[[Path], None], str]] = {
     "the base": (sql(ANOTHER_BASE), "base model"),
     "a counter": (sql(ANOTHER_STEP), "one checkpoint"),
     "a loss": (sql("UPDATE steps SET loss = loss + 1 WHERE step = (SELECT max(step) FROM steps)"), "replay"),
+    "a norm": (sql("UPDATE steps SET grad_norm = 0 WHERE step = (SELECT max(step) FROM steps)"), "replay"),
+    "tokens": (change_tokens, "replay"),
 }  # fmt: skip
 
 

@@ -64,6 +64,8 @@ def test_a_step_is_found(to: str, step: int, ledger: Ledger) -> None:
         ("file:9", "neither a finished file", "1 a.jsonl"),
         ("waits.jsonl", "neither a finished file", "1 a.jsonl"),
         ("", "neither a finished file", "1 a.jsonl"),
+        ("1" * 5000, "neither a finished file", "1 a.jsonl"),
+        ("step:" + "1" * 5000, "neither a finished file", "1 a.jsonl"),
     ],
 )
 def test_what_could_mean_several_steps_is_refused(to: str, what: str, hint: str, ledger: Ledger) -> None:
@@ -94,10 +96,20 @@ def test_a_file_is_found(name: str, states: tuple[str, ...], found: str, ledger:
         ("left.jsonl", "'left.jsonl' is skipped", "queued waits.jsonl"),
         ("nothing", "this run has no file 'nothing'", "queued waits.jsonl"),
         ("step:2", "this run has no file 'step:2'", "queued waits.jsonl"),
+        ("None", "this run has no file 'None'", "queued waits.jsonl"),
+        ("arriving", "'arriving' is arriving", "queued waits.jsonl"),
+        ("training", "'training' is training", "queued waits.jsonl"),
+        ("rejected", "'rejected' is rejected", "queued waits.jsonl"),
+        ("twice", "'twice' could mean several files: aaaaaaaaaaaa twice, bbbbbbbbbbbb twice", "file:bbbbbbbbbbbb"),
     ],
 )
 def test_a_file_that_is_not_meant_is_refused(name: str, what: str, hint: str, ledger: Ledger) -> None:
     """The refusal says what became of the file, or which files there are."""
+    fixed: dict[str, Any] = {"command": "c", "bytes": 1, "format": "jsonl", "copy": "archive/x"}
+    for state in ("arriving", "training", "rejected"):
+        ledger.insert_file(name=state, sha256="99" * 32, state=state, **fixed)
+    for letter in "ab":
+        ledger.insert_file(name="twice", sha256=letter * 64, state="queued", **fixed)
     with pytest.raises(UsageError) as caught:
         find_file(ledger, name, "queued")
     assert what in caught.value.what

@@ -252,6 +252,15 @@ def test_an_embedding_that_is_trained_whole_on_a_bfloat16_base(tmp_path: Path) -
     admit(ModelSpec(given, folder, CPU, torch.float32))
 
 
+def test_a_whole_model_that_fails_in_bfloat16_alone(tmp_path: Path) -> None:
+    """The refusal says that it works in float32: DBRX adds what autocast multiplied to what it did not."""
+    folder = save(tmp_path, "dbrx")
+    given = config(folder, method="full", dtype="bfloat16")
+    with pytest.raises(ModelError, match="computes no loss") as refused:
+        admit(ModelSpec(given, folder, CPU, torch.bfloat16))
+    assert "In float32 it works: --set dtype=float32" == refused.value.hint
+
+
 def test_the_vision_of_a_model_of_text_and_images_is_left_out(tmp_path: Path) -> None:
     """No row of text reaches it, whether an adapter or all weights are trained."""
     assert all(name.startswith("model.vision_tower.") for name in prove(tmp_path, "gemma3").left_out)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
 import resource
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,29 @@ def test_what_the_disk_refuses_in_the_middle_of_a_file_is_told_as_the_disks(tmp_
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     huggingface.save(value, tmp_path / "optimizer.pt")
     assert (tmp_path / "optimizer.pt").read_bytes() == huggingface.to_bytes(value)
+
+
+def test_what_training_does_not_change_is_read_beside_it(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole model of which little is trained is written, and read back, without a step waiting for the rest."""
+    import onward.training.checkpoints.checkpoint as module
+
+    came: list[str] = []
+
+    @contextlib.contextmanager
+    def beside(device: torch.device) -> Generator[None]:
+        came.append(f"begin on {device}")
+        yield
+        came.append("end")
+
+    monkeypatch.setattr(module, "beside_training", beside)
+    for name in ("save_weights", "prove_roundtrip"):
+        inner = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given, name=name, inner=inner: (came.append(name), inner(*given)))
+    contents = checkpoints.make_contents(model, method="full", train=["norm"])
+    write_checkpoint(tmp_path / "checkpoint", contents)
+    assert ["begin on cpu", "save_weights", "prove_roundtrip", "end"] == came
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -213,11 +237,15 @@ def test_files_have_the_mode_that_the_umask_gives(method: str, umask: int, model
 
 
 def test_training_arguments_are_those_of_the_commit(model: Path, tmp_path: Path) -> None:
-    """A learning rate that changed at a boundary is in the next checkpoint's file, whatever the session began with."""
-    for step, rate in ((1, 1e-3), (2, 5e-4)):
-        write_checkpoint(tmp_path / f"checkpoint-{step}", checkpoints.make_contents(model, learning_rate=rate))
-        arguments = torch.load(tmp_path / f"checkpoint-{step}" / "training_args.bin", weights_only=False)
-        assert rate == arguments.learning_rate
+    """A key that changed at a boundary is in the next checkpoint's file, whatever the session began with."""
+    for step, rate, schedule, eps in ((1, 1e-3, "wsd", 1e-6), (2, 5e-4, "inverse_sqrt", 1e-7)):
+        config: dict[str, Any] = {"learning_rate": rate, "schedule": schedule, "eps": eps, "warmup_steps": step}
+        write_checkpoint(tmp_path / f"checkpoint-{step}", checkpoints.make_contents(model, **config))
+        found = torch.load(tmp_path / f"checkpoint-{step}" / "training_args.bin", weights_only=False)
+        kind = {"wsd": "constant_with_warmup"}.get(schedule, schedule)
+        assert (rate, kind, eps, step) == (
+            found.learning_rate, found.lr_scheduler_type.value, found.adam_epsilon, found.warmup_steps,
+        )  # fmt: skip
 
 
 def test_a_checkpoint_names_the_one_before_it(model: Path, tmp_path: Path) -> None:

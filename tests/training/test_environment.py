@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import platform
 import threading
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import pytest
 import torch
 import transformers
 
-from onward.errors import ModelError
+from onward.errors import ConfigError, ModelError
 from onward.training.admission.findings import Findings
 from onward.training.device.environment import (
     LATER_FACTS,
@@ -27,6 +28,7 @@ from onward.training.device.environment import (
     pick_device,
     pick_dtype,
     promises_bits,
+    require_whole_teams,
     same_environment,
 )
 from onward.training.device.hardware import (
@@ -229,3 +231,27 @@ def test_settings_of_tf32_are_read_however_they_were_made() -> None:
     owners = {"matmul": SimpleNamespace(allow_tf32=False), "cudnn": Newer()}
     assert "matmul off, cudnn tf32" == tf32(owners)
     assert {"matmul", "cudnn"} == {each.split()[0] for each in tf32().split(", ")}
+
+
+@pytest.mark.parametrize(("setting", "value"), [("dynamic", 1), ("max_active_levels", 0)])
+def test_threads_that_may_not_come_are_refused(setting: str, value: int) -> None:
+    """Where OpenMP may give a product fewer threads than PyTorch counts on, oneDNN leaves out parts of it and reports
+    nothing; a single thread always comes.
+    """
+    openmp = ctypes.CDLL(None)
+    if not hasattr(openmp, "omp_set_dynamic"):
+        pytest.skip("this release of PyTorch has no OpenMP")
+    before, threads = getattr(openmp, f"omp_get_{setting}")(), torch.get_num_threads()
+    cpu = torch.device("cpu")
+    try:
+        torch.set_num_threads(2)
+        require_whole_teams(cpu)
+        getattr(openmp, f"omp_set_{setting}")(value)
+        with pytest.raises(ConfigError, match="products would be wrong") as refused:
+            require_whole_teams(cpu)
+        assert f"OMP_{setting.upper()}" == refused.value.where
+        torch.set_num_threads(1)
+        require_whole_teams(cpu)
+    finally:
+        getattr(openmp, f"omp_set_{setting}")(before)
+        torch.set_num_threads(threads)

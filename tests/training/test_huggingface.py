@@ -208,6 +208,8 @@ def test_the_trainer_state_is_cumulative_and_bounded(current: Path) -> None:
     assert list(range(STEPS - LOG_TAIL + 1, STEPS + 1)) == [entry["step"] for entry in state.log_history]
     assert {"step", "epoch", "loss", "learning_rate", "grad_norm"} == set(state.log_history[-1])
     assert (1.0, 2, 1) == (state.epoch, state.train_batch_size, state.num_train_epochs)
+    last = (LENGTHS[-1] + 1) // 2
+    assert [(last - 1) / last, 1.0] == [entry["epoch"] for entry in state.log_history[-2:]], "as a Trainer counts them"
 
 
 def test_weights_are_float32_by_name(current: Path, method: str) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,16 @@ from onward.training.model.roundtrip import prove_roundtrip
 from onward.training.model.weights import save_weights
 from onward.training.optimizers import file_state
 from onward.training.state import TrainState, digest_tensors
-from onward.training.transfer import Copied, InPlace, Overlapped, Sizes, equal_marks, fetch_later, in_main_memory
+from onward.training.transfer import (
+    Copied,
+    InPlace,
+    Overlapped,
+    Sizes,
+    beside_training,
+    equal_marks,
+    fetch_later,
+    in_main_memory,
+)
 from onward.training.transfer.fetching import FETCHED
 from onward.training.transfer.layout import Form, Layout
 from onward.training.transfer.staging import stages_of
@@ -262,6 +272,40 @@ def step(state: TrainState) -> None:
     for parameter in state.parameters.values():
         parameter.grad = torch.randn_like(parameter)
     state.optimizer.step()
+
+
+class Streams:
+    """Stands in for `torch.cuda`; notes what is asked of it."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def Stream(self, device: torch.device, priority: int) -> Any:
+        self.asked.append(f"a stream of priority {priority} on {device}")
+        return self
+
+    def wait_stream(self, other: str) -> None:
+        self.asked.append(f"wait for {other}")
+
+    def current_stream(self, device: torch.device) -> str:
+        return f"the steps on {device}"
+
+    @contextlib.contextmanager
+    def stream(self, side: Streams) -> Generator[None]:
+        assert side is self
+        self.asked.append("begin")
+        yield
+        self.asked.append("end")
+
+
+def test_frozen_weights_leave_a_gpu_beside_its_steps() -> None:
+    """On one stream for the whole process, which no recording can have; on a CPU nothing is asked of anybody."""
+    streams, gpu = Streams(), torch.device("cuda", 1)
+    for device in (CPU, gpu, gpu):
+        with beside_training(device, streams):
+            streams.asked.append("copy")
+    each = ["wait for the steps on cuda:1", "begin", "copy", "end"]
+    assert ["copy", "a stream of priority -1 on cuda:1", *each, *each] == streams.asked
 
 
 @pytest.mark.parametrize("small", [0, 1000, 1 << 22])

@@ -6,6 +6,7 @@ or the whole computation.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -172,6 +173,25 @@ def test_a_replay_that_fails_is_computed_as_usual(failing: int) -> None:
     assert failing == recorder.replays
     assert trainer.economy.learned.recorded is not None
     assert "RuntimeError: another recording failed" == trainer.economy.learned.recorded.hindrance
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_a_weight_that_only_a_cycle_holds_can_be_recorded(is_kept: bool) -> None:
+    """A graph that refers to itself, as one of a caught error may, is freed first; one that is in use is not."""
+    recorder = OpRecorder()
+    trainer = make_trainer(recorder)
+    weight = next(iter(trainer.state.parameters.values()))
+    graph: list[Any] = [(weight * 2).sum()]
+    graph.append(graph)
+    kept = graph if is_kept else None
+    gc.disable()
+    try:
+        del graph
+        assert is_held(weight)
+        train(trainer, 1)
+    finally:
+        gc.enable()
+    assert (kept is None) == (recorder.recorded > 0)
 
 
 def test_weights_that_moved_end_recording() -> None:

@@ -35,12 +35,14 @@ def card(layout: RunLayout, step: int | None, base: BaseFacts = BASE) -> str:
 
 @pytest.mark.parametrize(("step", "files", "drawn"), [(1, 1, 1), (2, 1, 2), (3, 2, 3), (5, 2, 5), (None, 2, 5)])
 def test_a_card_tells_of_a_state_what_led_to_it(layout: RunLayout, step: int | None, files: int, drawn: int) -> None:
-    """Files that were begun by then, and steps up to it; of a release that does not say its step, all."""
+    """Files that were begun by then, and steps up to it, also if their file has gone on since; of a release that does
+    not say its step, all."""
     text = card(layout, step)
     rows = [line for line in text.splitlines() if re.match(r"\| \d", line)]
     assert files == len(rows)
     assert rows[0].startswith(r"| 1 | a\|b.jsonl | ``")
-    assert "| 1 to 2 | 1 to 2 |" in rows[0]
+    last, begun = min(5 if step is None else step, 2 if files == 1 else 5), 1 if files == 1 else 3
+    assert f"| {begun} to {last} | {begun} to {last} |" in rows[-1]
     picture = (layout.root.parent / "card" / "loss.svg").read_text()
     assert drawn == len(re.findall(r"points=\"([^\"]+)\"", picture)[0].split())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import os
@@ -92,10 +93,10 @@ def test_an_answer_is_a_function_of_its_seed(engine: Engine) -> None:
 
 
 def test_draws_have_the_model_s_probabilities() -> None:
-    """Of 4,000 draws each token gets its share; top-k and top-p leave the others out."""
+    """Of 4,000 draws each token gets its share; top-k, top-p and the lowest temperatures leave the others out."""
     scores = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     counts = torch.zeros(4)
-    drawing = Sampling(1.0, top_p=1.0).processors(torch.device("cpu"))
+    drawing = Sampling(1, top_p=1).processors(torch.device("cpu"))  # whole numbers, as a browser sends them
     for _ in range(4000):
         counts[cast(Any, drawing)(None, scores.clone()).argmax()] += 1
     assert [0.5, 0.3, 0.15, 0.05] == pytest.approx((counts / 4000).tolist(), abs=0.025)
@@ -103,6 +104,9 @@ def test_draws_have_the_model_s_probabilities() -> None:
         few = Sampling(1.0, **{"top_p": 1.0, **limits}).processors(torch.device("cpu"))  # type: ignore[arg-type]
         drawn = {int(cast(Any, few)(None, scores.clone()).argmax()) for _ in range(200)}
         assert {0, 1} == drawn
+    for temperature in (1e-3, 1e-38, 1e-40, 1e-320, 0):
+        cold: Any = Sampling(temperature, top_p=0.5).processors(torch.device("cpu"))
+        assert 0 == int(cold(None, scores.clone()).argmax())
 
 
 @pytest.mark.parametrize(
@@ -315,6 +319,29 @@ def test_a_conversation(stream: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert 3 <= len(seen.out.splitlines())
     run = Run(layout.root)
     assert ["done"] == [entry["state"] for entry in run.train(saved)]  # what was saved is a file that can be trained
+
+
+def test_a_failure_of_the_model_ends_an_answer_and_not_the_chat(
+    stream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was said before stays, and none of the states that are compared keeps a message that one did not answer."""
+    saved = tmp_path / "saved.jsonl"
+    with Chat(RunLayout(stream), Asking(["b.jsonl", None], Sampling(0.0, max_tokens=4)), give_way) as chat:
+        talk = iter(["One?", "Two?", f"/save {saved}"])
+        chat.talk(itertools.islice(talk, 1))
+        generate = Engine._generate
+        fails = iter([False, True])
+
+        def fail(engine: Engine, *arguments: Any) -> None:
+            if next(fails):
+                raise MemoryError("no memory for keys and values")
+            generate(engine, *arguments)
+
+        monkeypatch.setattr(Engine, "_generate", fail)
+        chat.talk(talk)
+        assert [["One?"]] * 2 == [[turn["content"] for turn in column.turns[::2]] for column in chat._columns]
+    assert "onward: the model cannot answer: no memory for keys and values" in capsys.readouterr().err
+    assert ["One?"] == [row["messages"][0]["content"] for row in map(json.loads, saved.read_text().splitlines())]
 
 
 def test_it_goes_on_to_newer_commits(stream: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

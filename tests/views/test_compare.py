@@ -15,7 +15,19 @@ from runs import new_run
 from onward import Run
 from onward.errors import ConfigError, UsageError
 from onward.service.wishes import Stopped, Wishes
-from onward.views.compare import FIGURES, Comparison, Outcome, Trial, Trials, Variant, figures_of, lines, parse_variants
+from onward.views.compare import (
+    FIGURES,
+    Comparison,
+    Outcome,
+    Trial,
+    Trials,
+    Variant,
+    comparable,
+    figures_of,
+    lines,
+    measured,
+    parse_variants,
+)
 
 
 def outcome(text: str, *averages: float | None) -> Outcome:
@@ -57,7 +69,21 @@ def test_what_was_not_measured_is_said() -> None:
     """Without a grid there is nothing to compare, and no number is invented."""
     found = comparison(outcome("a", None), outcome("b", None))
     assert (None, None) == (found.to_dict()["best"], found.to_dict()["variants"][0]["mean"]["average"])
-    assert list(lines(found))[-1].startswith("nothing was measured")
+    assert list(lines(found))[-1].startswith("no file was measured on the same rows under each setting")
+
+
+def test_figures_are_over_what_every_training_has(trained: Run) -> None:
+    """A file that was measured on other rows under one setting, or at a boundary of one alone, counts for none."""
+    whole = measured(trained.layout)
+    first, second, third = (column.key for column in whole.columns)
+    *before, newest = whole.scores
+    other_rows = {**newest, second: {**newest[second], "rows": [0]}}
+    fewer = [{key: score for key, score in row.items() if key != first} for row in before]
+    found = comparable([whole, replace(whole, scores=[*fewer, other_rows])])
+    for table in found:
+        assert {first, third} == set(table.scores[-1])
+        assert (newest[first]["loss"] + newest[third]["loss"]) / 2 == table.average
+        assert {1: 0.0} == table.forgotten(), "the better loss of an earlier boundary is known of one alone"
 
 
 @pytest.mark.parametrize(
@@ -132,14 +158,14 @@ def test_a_trial_is_what_the_run_would_be_under_those_settings(
     assert (4, ("9.jsonl",)) == (found.step, found.files)
     own, other = (outcome.trials for outcome in found.outcomes)
     assert ([0, 1], [0, 1]) == ([trial.order for trial in own], [trial.order for trial in other])
-    assert figures_of(trained.layout) == own[0].figures
+    assert figures_of(measured(trained.layout)) == own[0].figures
     assert None not in own[0].figures.values()
     assert own[0].figures != own[1].figures
     twin = new_run(tmp_path / "twin", model, **SETTINGS)
     twin.train(*files[:2])
     configure(twin, learning_rate=0.01, epochs=2)
     twin.train(*files[2:])
-    assert figures_of(twin.layout) == other[0].figures
+    assert figures_of(measured(twin.layout)) == other[0].figures
 
 
 def test_a_stop_ends_the_comparison_with_the_training_in_which_it_came(trained: Run) -> None:

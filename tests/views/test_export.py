@@ -14,6 +14,7 @@ import tiny
 import torch
 import yaml
 from commands import assert_refused, onward
+from daemons import configure
 from faults import copy_run
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -87,12 +88,15 @@ def test_an_adapter_whose_base_is_the_run_s_own_says_so(model: Path, tmp_path: P
 
 
 def test_an_earlier_state(stream: Path, model: Path, tmp_path: Path) -> None:
-    """`--at` exports the state after a file, and its card knows nothing of later files."""
-    result = export(RunLayout(stream), Wanted(tmp_path / "out", "adapter", "b.jsonl", dtype="bfloat16"))
+    """`--at` exports the state after a file, and its card knows nothing of later files, nor of a later config."""
+    layout = RunLayout(copy_run(stream, tmp_path / "run"))
+    configure(Run(layout.root), learning_rate=0.25)
+    result = export(layout, Wanted(tmp_path / "out", "adapter", "b.jsonl", dtype="bfloat16"))
     assert (3, "step 3, after file 2 (b.jsonl)") == (result["step"], result["at"])
     card = (tmp_path / "out" / "README.md").read_text()
     assert "b.jsonl" in card
     assert "c.jsonl" not in card
+    assert "\nlearning_rate: 0.05\n" in card
     tensors = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), tmp_path / "out")
     assert tensors is not None
 
@@ -106,7 +110,9 @@ def test_a_merged_model_is_base_and_adapter(stream: Path, expected: torch.Tensor
     difference = float((logits(whole).float() - expected).abs().max())
     assert difference <= {"float32": 1e-4, "bfloat16": 0.1}[dtype] * float(expected.abs().max())
     assert result["difference"] <= 1e-4 * float(expected.abs().max())
-    assert "Largest difference of logits" in (tmp_path / "out" / "README.md").read_text()
+    said = f"{result['difference']:.3g} from base and adapter, in float32; as written in {dtype}, "
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| Largest difference of logits | {said}{result['written_difference']:.3g} |" in card
 
 
 def test_a_merge_that_computes_something_else_is_refused(stream: Path, tmp_path: Path) -> None:

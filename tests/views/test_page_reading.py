@@ -79,6 +79,7 @@ def test_the_inbox_is_shown_as_it_is(tmp_path: Path) -> None:
     """Oldest first, with the folder of each, its size, and whether it is whole; what is hidden or no file is not."""
     layout = made_up_run(tmp_path / "run", [], float)
     times: dict[str, int] = {"c.jsonl": 3, "high/b.jsonl": 2, "low/a\x1b.jsonl": 1, "d.part": 4, "e~": 5, ".hidden": 6}
+    times["normal/ignored.jsonl"] = 8
     for name, time in times.items():
         path = layout.inbox / name
         path.parent.mkdir(exist_ok=True)

@@ -246,8 +246,9 @@ def test_what_is_estimated_is_what_is_trained(model: Path, tmp_path: Path, setti
     run.train(path)
     with Ledger(run.layout.ledger, read_only=True) as ledger:
         taken = [step.tokens for step in ledger.steps(2)]
+        (held_out,) = (row.held_out for row in ledger.files("done") if row.id == 2)
     assert (len(taken), sum(taken), max(taken)) == (found.steps, found.tokens, found.heaviest_tokens)
-    assert (len(taken), TIMED) == (seen.steps, found.timed_steps)
+    assert (len(taken), TIMED, held_out) == (seen.steps, found.timed_steps, seen.held_out)
     assert found.cost == found.seconds / 3600 * 10.0
     assert seen.seconds is not None
     assert sum(taken) == pytest.approx(seen.seconds * pace, rel=0.1)

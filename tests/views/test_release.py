@@ -28,6 +28,7 @@ from onward.service.wishes import Stopped, Wishes
 from onward.training.checkpoints.checkpoint import inspect_checkpoint
 from onward.training.model import weights
 from onward.views.evaluate import measure
+from onward.views.export.export import Wanted, export
 from onward.views.points import hold
 from onward.views.release import Making, Order
 from onward.views.releases import RECORD, Release, find_release, lines, list_releases, remove_release
@@ -215,7 +216,11 @@ def test_the_record_says_what_is_released_and_the_card_shows_it(run: Run) -> Non
     card = (run.layout.releases / "v1" / "README.md").read_text()
     for words in ("v1: for *you*", f"{measured['average']:.4f}", f"{measured['anchor']:.4f}"):
         assert words in card
-    assert "Average of the states" not in card
+    assert ("Average of the states" in card, "Cooldown" in card) == (False, False)
+    export(run.layout, Wanted(run.layout.root / "out", "merged", "v1"))
+    exported = (run.layout.root / "out" / "README.md").read_text()
+    assert exported.startswith(card), "of what was released, not of the run as it is now"
+    assert "| Format | merged |" in exported
 
 
 def test_a_release_of_the_base_has_nothing_to_be_measured_on(run: Run) -> None:

@@ -12,7 +12,7 @@ import typer
 
 from onward import startup
 from onward.errors import OnwardError, RankLost, UsageError
-from onward.ranks import LOST, RESTARTS, Place, place_here
+from onward.ranks import LOST, RESTARTS, UNSET, Place, place_here
 from onward.terminal import flush_results, say
 
 DevicesOption = Annotated[
@@ -50,7 +50,7 @@ def on_devices(devices: str, words: Sequence[str]) -> NoReturn:
         UsageError: there are not that many devices.
     """
     if place_here() is not None:
-        hint = "With torchrun, give the number as --nproc-per-node N, without --devices."
+        hint = f"With torchrun, give the number as --nproc-per-node N, without --devices. In any other shell: {UNSET}"
         raise UsageError("torchrun has already started several processes", where="--devices", hint=hint)
     startup.set_environment()
     os.environ.setdefault(*QUIET)

@@ -15,6 +15,7 @@ from onward.config.sections import (
     Columns,
     Count,
     EvaluationConfig,
+    Factor,
     Fraction,
     GuardConfig,
     Index,
@@ -137,7 +138,7 @@ class Config(Section):
         "sizes: the same bits, which is checked, in less time and more memory. `auto`: where a GPU waits for the host "
         "otherwise, as in the probe of a boundary.",
     )
-    epochs: Count = Field(default=1, description="Number of times that every row of a file is trained.")
+    epochs: Factor = Field(default=1, description="Number of times that every row of a file is trained.")
     learning_rate: Annotated[float, BeforeValidator(refuse_bool), Field(gt=0.0, allow_inf_nan=False)] = Field(
         default=2e-4, description="Peak learning rate."
     )
@@ -194,7 +195,7 @@ class Config(Section):
     compress_archive: bool = Field(
         default=False, description="Keep the originals of finished files compressed (zstd); text formats only."
     )
-    max_row_mb: Count = Field(
+    max_row_mb: Factor = Field(
         default=16, description="Megabytes of a row, in the file or as it is tokenized, above which a file is refused."
     )
     max_unpacked_mb: Count = Field(

@@ -29,6 +29,8 @@ def path_text(value: Any) -> Any:
 
 
 Count = Annotated[int, BeforeValidator(refuse_bool), Field(ge=1)]
+Factor = Annotated[int, BeforeValidator(refuse_bool), Field(ge=1, lt=10**9)]
+"""A count that others are multiplied by: the product must fit into 64 bits."""
 Index = Annotated[int, BeforeValidator(refuse_bool), Field(ge=0)]
 Rate = Annotated[float, BeforeValidator(refuse_bool), Field(ge=0.0, allow_inf_nan=False)]
 Fraction = Annotated[float, BeforeValidator(refuse_bool), Field(ge=0.0, lt=1.0, allow_inf_nan=False)]

@@ -144,10 +144,12 @@ def _nearest(name: str) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+_KINDS = ("function-", "list[", "literal[", "str")
+"""How parts of a problem's place begin that name no key, but one of the kinds of values that it takes."""
+
+
 def _describe(problem: Any) -> str:
-    key = ".".join(
-        str(part) for part in problem["loc"] if not str(part).startswith(("function-", "list[", "literal[", "str"))
-    )
+    key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(_KINDS))
     message = str(problem["msg"]).removeprefix("Value error, ")
     if not key:
         return message

@@ -3,7 +3,8 @@
 tokens.bin   little-endian uint32, all rows one after another: the top bit marks a target, seven more number its weight
 offsets.bin  little-endian int64, rows + 1: row i is tokens[offsets[i]:offsets[i + 1]]
 lines.bin    little-endian int64, rows: the source line of each row
-meta.json    counts, the settings it was made with, size and xxh3 of the three files, weights other than 1 by number
+meta.json    counts, the settings it was made with, weights other than 1 by number, size and xxh3 of the three files,
+             and its own xxh3
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from onward.atomic import TEMPORARY_PREFIX, is_own_folder, remove_tree
 from onward.data.row_types import RowError
-from onward.digest import xxh3_file
+from onward.digest import canonical_json, xxh3_file
 from onward.errors import DamagedState
 
 FORMAT, WEIGHED_FORMAT = 1, 2
@@ -31,6 +32,8 @@ ID_BITS = np.uint32((1 << WEIGHT_SHIFT) - 1)
 """The bits of a token's id: no vocabulary has 16 million tokens."""
 DTYPES = {"tokens.bin": "<u4", "offsets.bin": "<i8", "lines.bin": "<i8"}
 META = "meta.json"
+CHECK = "xxh3"
+"""The key of meta.json with the xxh3 of everything else in it; earlier releases wrote none."""
 HINT = "remove this directory: it is a cache that is rebuilt from the archived file"
 
 PackedRow = NDArray[np.uint32]
@@ -171,7 +174,8 @@ class TokenizedWriter(RowCount):
             "target_tokens": self.target_tokens,
             "longest": self.longest,
         }
-        (self._temporary / META).write_text(json.dumps(counts | meta | {"files": files}, indent=2))
+        facts = counts | meta | {"files": files}
+        (self._temporary / META).write_text(json.dumps(facts | {CHECK: _check_of(facts)}, indent=2))
         if self._final.exists():
             raise FileExistsError(self._final)
         self._temporary.rename(self._final)
@@ -225,9 +229,15 @@ class TokenizedFile:
             for name in DTYPES:
                 _check_file(directory / name, meta["files"][name], verify=verify)
             _check_counts(meta)
+            if CHECK in meta and meta[CHECK] != _check_of(meta):
+                raise DamagedState("meta.json is not what was written", where=directory, hint=HINT)
             return cls(directory, meta)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DamagedState(f"the tokenized file is damaged: {error}", where=directory, hint=HINT) from error
+
+    def holds_same(self, other: TokenizedFile) -> bool:
+        """Return whether another file holds the same rows with the same targets and weights."""
+        return all(self.meta.get(key) == other.meta.get(key) for key in ("rows", "files", "weights"))
 
     def __len__(self) -> int:
         return self.rows
@@ -269,6 +279,11 @@ def _check_file(path: Path, published: dict[str, Any], *, verify: bool) -> None:
         raise DamagedState("a tokenized file has changed in size", where=path, hint=HINT)
     if verify and xxh3_file(path) != published["xxh3"]:
         raise DamagedState("a tokenized file is not what was written", where=path, hint=HINT)
+
+
+def _check_of(facts: dict[str, Any]) -> str:
+    """Return the xxh3 of what meta.json holds besides it."""
+    return xxhash.xxh3_128_hexdigest(canonical_json({key: value for key, value in facts.items() if key != CHECK}))
 
 
 def _check_counts(meta: dict[str, Any]) -> None:

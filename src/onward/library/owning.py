@@ -20,7 +20,7 @@ from onward.service.lock import RunLock
 from onward.service.moment import require_same_moment
 from onward.service.owner.process import OpenedRun
 from onward.service.settings import Settings
-from onward.service.wishes import Wishes, interrupts_of_host
+from onward.service.wishes import Stopped, Wishes, interrupts_of_host
 from onward.store.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -80,13 +80,17 @@ class Owning(Controlled):
 
     @contextlib.contextmanager
     def _leading(self, wishes: Wishes, report: Report) -> Generator[World | None]:
-        """Form the group of all processes that train, and lead it; yield None if this is the only one."""
+        """Form the group of all processes that train, and lead it; yield None if this is the only one, or was asked to
+        stop before the others had joined."""
         if self._place is None:
             yield None
             return
         with self._loading():
             from onward.service.owner.leading import leading
-        with leading(self._place, self.config.rank_timeout, wishes, report) as world:
+        with contextlib.ExitStack() as led:
+            world = None
+            with contextlib.suppress(Stopped):
+                world = led.enter_context(leading(self._place, self.config.rank_timeout, wishes, report))
             yield world
 
     def _opened(self, ledger: Ledger, report: Report = silent, world: World | None = None) -> OpenedRun:

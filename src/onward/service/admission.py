@@ -14,7 +14,7 @@ from onward.store.ledger import Ledger
 from onward.training.admission.admit import admit
 from onward.training.admission.findings import FACT, Findings
 from onward.training.admission.remedies import working_config
-from onward.training.device.environment import pick_device, pick_dtype
+from onward.training.device.environment import pick_device, pick_dtype, require_whole_teams
 from onward.training.model.spec import ModelSpec
 
 
@@ -33,6 +33,7 @@ def admit_new(
         ConfigError: a setting does not fit it.
     """
     device = _device_of_proof(config)
+    require_whole_teams(device)
     dtype = pick_dtype(config.dtype, device)
     try:
         return config, admit(ModelSpec(config, base, device, dtype), checkpoint=checkpoint)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
+from onward.digest import state_digest
 from onward.errors import DamagedState
 from onward.layout import RunLayout, entries, step_of
-from onward.stated import stated_origin
+from onward.stated import read_manifest
 from onward.store.ledger import Ledger
 from onward.text import quoted
 
@@ -22,11 +25,12 @@ def require_same_moment(layout: RunLayout, ledger: Ledger) -> None:
         if is_of_another_moment(ledger, folder):
             last = ledger.newest_checkpoint()
             claim = f"ends at step {last.step}" if last else "knows of no checkpoint"
+            state = "another state" if last and last.step >= step_of(folder) else "a checkpoint"
             raise DamagedState(
-                f"the ledger {claim}, but there is a checkpoint of step {step_of(folder)}: "
+                f"the ledger {claim}, but there is {state} of step {step_of(folder)}: "
                 "they are not from the same moment",
                 where=folder,
-                hint=way_out(folder),
+                hint=way_out(ledger, folder),
             )
 
 
@@ -48,21 +52,37 @@ def require_present(layout: RunLayout, ledger: Ledger) -> None:
 def is_of_another_moment(ledger: Ledger, folder: Path) -> bool:
     """Whether a checkpoint or restore point shows that the ledger is not the one that it was committed to.
 
-    Every step at which the run ever began a checkpoint is in its ledger.
+    Every step at which the run ever began a checkpoint is in its ledger, with the digest of the state.
     """
     step = step_of(folder)
+    stated = read_manifest(folder)
     if ledger.checkpoint_states(step):
-        return False
-    origin = stated_origin(folder)
+        return _is_of_other_steps(ledger, folder, stated or {})
+    origin = None if stated is None else (stated.get("run"), stated.get("step"))
     if origin is not None and not ledger.has_checkpoints():
         return True
     last = ledger.newest_checkpoint()
     return origin == (ledger.get("run"), step) and step > (last.step if last else -1)
 
 
-def way_out(folder: Path) -> str:
+def _is_of_other_steps(ledger: Ledger, folder: Path, stated: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint of the run holds a state that its ledger has no record of, or one that was undone.
+
+    Another process may commit or go back meanwhile.
+    """
+    step, measured = step_of(folder), stated.get("measurement")
+    if (stated.get("run"), stated.get("step")) != (ledger.get("run"), step) or not isinstance(measured, dict):
+        return False
+    known = state_digest(cast(dict[str, Any], measured)) in ledger.state_digests(step)
+    return not known and ledger.get("going_back") is None and read_manifest(folder) == stated
+
+
+def way_out(ledger: Ledger, folder: Path) -> str:
     """Return what to do about it."""
-    return (
+    restore = (
         "Restore ledger.sqlite3 from a copy of that moment. Without one, this makes a new run: "
         f"onward adopt {quoted(folder)} --run NEW_RUN"
     )
+    if not ledger.checkpoint_states(step_of(folder)):
+        return restore
+    return f"{restore}. To keep the ledger instead, move this directory out of the run, then: onward train"

@@ -23,7 +23,13 @@ from onward.text import how_many
 from onward.training.admission.findings import FACT, Findings
 from onward.training.checkpoints import huggingface
 from onward.training.checkpoints.checkpoint import Facts
-from onward.training.device.environment import describe_environment, pick_device, pick_dtype, ranks_facts
+from onward.training.device.environment import (
+    describe_environment,
+    pick_device,
+    pick_dtype,
+    ranks_facts,
+    require_whole_teams,
+)
 from onward.training.device.execution import Execution
 from onward.training.layers.facts import layer_facts
 from onward.training.model.base import BaseDigest, base_of_run, digest_base
@@ -167,7 +173,7 @@ def open_session(
         world: the processes that train; None where this is the only one.
 
     Raises:
-        ConfigError: an identity key differs from the one the run has trained with.
+        ConfigError: an identity key differs from the one the run has trained with, or OpenMP's settings are wrong.
         ModelError: the base is missing or changed on disk.
     """
     config = config or read_config(layout.config)
@@ -178,6 +184,7 @@ def open_session(
     check_identity(ledger, config, base_digest, tokenizer_state)
     world = world or SingleProcess(pick_device())
     _require_shares(config, world)
+    require_whole_teams(world.device)
     dtype = pick_dtype(config.dtype, world.device)
     return Session(layout, ledger, config, base, base_digest, kept, tokenizer_state, world, dtype)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 from typing import Literal, TypeAlias
 
@@ -61,7 +62,7 @@ class Shown:
         if shown == self._last:
             return
         with contextlib.suppress(sqlite3.OperationalError), self._ledger.without_waiting():
-            self._ledger.put(state=shown[0], problem=shown[1])
+            self._ledger.put(state=shown[0], problem=shown[1], shown_by=os.getpid())
             self._last = shown
 
     def at_rest(self) -> None:

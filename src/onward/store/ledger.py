@@ -135,6 +135,19 @@ class Ledger(Files, Requests, Curve, Tracking):
         """Return the states of all checkpoints that the run ever began at a step."""
         return {str(row["state"]) for row in self.query("SELECT state FROM checkpoints WHERE step = ?", step)}
 
+    def state_digests(self, step: int) -> set[str]:
+        """Return the digests of the states that a checkpoint of a step may hold: none that was undone, and of those
+        committed or lost, the newest; one that is being written may or may not be in place.
+        """
+        rows = self.query("SELECT state, state_digest FROM checkpoints WHERE step = ? ORDER BY id", step)
+        made = [str(row["state_digest"]) for row in rows if row["state"] in ("committed", "lost")]
+        return {*made[-1:], *(str(row["state_digest"]) for row in rows if row["state"] == "writing")}
+
+    def is_given_up(self, step: int) -> bool:
+        """Whether the newest checkpoint of a step was lost to damage, and its steps are trained again."""
+        sql = "SELECT state FROM checkpoints WHERE step = ? AND state != 'undone' ORDER BY id DESC LIMIT 1"
+        return self.scalar(sql, step) == "lost"
+
     def has_checkpoints(self) -> bool:
         """Whether the run ever began a checkpoint."""
         return bool(self.scalar("SELECT EXISTS (SELECT 1 FROM checkpoints)"))

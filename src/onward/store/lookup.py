@@ -15,6 +15,8 @@ from onward.text import quoted
 
 FILE, STEP = "file:", "step:"
 ALL_STATES = ("arriving", "queued", "training", "done", "undone", "skipped", "quarantined", "rejected")
+DIGITS = 20
+"""More than any step has; Python refuses to read thousands of them."""
 _HASH = re.compile(r"[0-9a-f]{4,64}")
 _STEP = re.compile(r"step[:-](\d+)")
 
@@ -109,7 +111,7 @@ def _step_meant(text: str, steps: Sequence[int]) -> int | None:
     """Return the step that a text means: any number after `step:` or `step-`; a bare one only if it is a boundary."""
     marked = _STEP.fullmatch(text)
     number = marked.group(1) if marked else text
-    return int(number) if number.isdecimal() and int(number) in steps else None
+    return int(number) if number.isdecimal() and len(number) < DIGITS and int(number) in steps else None
 
 
 def _several(text: str, rows: Sequence[FileRow], where: str) -> UsageError:

@@ -1,14 +1,15 @@
 """Compares policies by measurement: trains the last files of the stream under other settings, each on a copy of the
 run.
 
-The grid of each copy at its end shows the differences. Two trainings that differ only in the order of their rows also
-give different figures: how far those are apart is the noise that a difference has to exceed.
+At its end each copy is measured on every file. Its grid would not do: what that measures depends on how many tokens and
+steps were trained, so that means over different files would be compared. Two trainings that differ only in the order of
+their rows also give different figures: how far those are apart is the noise that a difference has to exceed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -20,12 +21,13 @@ from onward.errors import ConfigError, UsageError
 from onward.events import Observe
 from onward.layout import RunLayout
 from onward.run import Run
-from onward.service.knowledge.table import read_table
+from onward.service.knowledge.table import Table, read_table
 from onward.service.state.copying import copy_run
 from onward.service.state.ownership import Ownership
 from onward.service.wishes import Wishes
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
+from onward.views.evaluate import measure
 from onward.views.points import own_folder
 
 FIGURES = ("average", "forgetting", "worst", "anchor")
@@ -178,10 +180,16 @@ class Trials:
             Stopped: it was stopped; the copies are gone.
         """
         step, rows = _beginning(layout, self.last)
-        outcomes = [Outcome(variant, tuple(self._trials(layout, step, variant))) for variant in variants]
+        tables = comparable([table for variant in variants for table in self._tables(layout, step, variant)])
+        trials = [Trial(place % self.orders, figures_of(table)) for place, table in enumerate(tables)]
+        outcomes = [
+            Outcome(variant, tuple(trials[place * self.orders :][: self.orders]))
+            for place, variant in enumerate(variants)
+        ]
         return Comparison(step, tuple(row.name for row in rows), tuple(outcomes))
 
-    def _trials(self, layout: RunLayout, step: int, variant: Variant) -> Iterator[Trial]:
+    def _tables(self, layout: RunLayout, step: int, variant: Variant) -> Iterator[Table]:
+        """Yield what was measured of each training of a variant."""
         for order in range(self.orders):
             self.report(f"{variant.text}: training {order + 1} of {self.orders}")
             with own_folder(layout) as scratch:
@@ -189,13 +197,46 @@ class Trials:
                 _prepare(copy, variant, order)
                 Run(copy.root).train(observe=self.observe, stop=self.stop)
                 self.stop.check_for_end()  # the training has granted it, and is not complete
-                yield Trial(order, figures_of(copy))
+                yield measured(copy, self.stop.check_for_end)
 
 
-def figures_of(layout: RunLayout) -> dict[str, float | None]:
-    """Return the current figures of a run; None for what was not measured."""
+def measured(layout: RunLayout, look: Callable[[], None] = lambda: None) -> Table:
+    """Return the table of a run whose state is at a boundary, with all files measured there.
+
+    Args:
+        look: called between two forward passes; may raise to give up.
+    """
+    now = measure(layout, None, look=look)
     with Ledger(layout.ledger, read_only=True) as ledger:
-        table = read_table(ledger).to_dict()
+        table = read_table(ledger)
+    newest = {file["sha256"]: file for file in now["files"]}
+    return replace(table, scores=[*table.scores[:-1], newest], anchor=[*table.anchor[:-1], now["anchor"]])
+
+
+def comparable(tables: Sequence[Table]) -> list[Table]:
+    """Return tables without the cells that not all of them have, measured on the same rows."""
+    common = set[tuple[Any, ...]].intersection(*({cell for cell, _, _ in _cells(table)} for table in tables))
+    return [replace(table, scores=_kept(table, common)) for table in tables]
+
+
+def _kept(table: Table, common: Collection[tuple[Any, ...]]) -> list[dict[str, Mapping[str, Any]]]:
+    scores: list[dict[str, Mapping[str, Any]]] = [{} for _ in table.scores]
+    for cell, place, key in _cells(table):
+        if cell in common:
+            scores[place][key] = table.scores[place][key]
+    return scores
+
+
+def _cells(table: Table) -> Iterator[tuple[tuple[Any, ...], int, str]]:
+    """Yield for each score what it was measured on (after which file, which rows, how many targets), and its place."""
+    for place, (after, row) in enumerate(zip(table.after, table.scores, strict=True)):
+        for key, score in row.items():
+            yield (after, key, tuple(score["rows"]), score["tokens"]), place, key
+
+
+def figures_of(measured: Table) -> dict[str, float | None]:
+    """Return the current figures of a table; None for what was not measured."""
+    table = measured.to_dict()
     forgetting, anchors = table["forgetting"], table["anchor"]
     values = (table["average"], forgetting["mean"], forgetting["worst"], anchors[-1] if anchors else None)
     return dict(zip(FIGURES, values, strict=True))
@@ -267,7 +308,7 @@ def _cell(values: Sequence[float]) -> str:
 def _verdict(comparison: Comparison) -> str:
     lead, noise = comparison.lead, comparison.noise
     if lead is None:
-        return "nothing was measured: evaluation is off in the config of these files (evaluation.share)"
+        return "no file was measured on the same rows under each setting, so that nothing can be compared"
     best = comparison.ranked[0].variant.text
     if noise is None:
         return f"{best} is lower by {lead:.4f}; with one training each, the noise is not known (--seeds 2)"

@@ -39,11 +39,17 @@ class _Kept:
     scratch: Path
 
 
-def measure(layout: RunLayout, at: str | None, report: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+def measure(
+    layout: RunLayout,
+    at: str | None,
+    report: Callable[[str], None] = lambda _: None,
+    look: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
     """Measure a kept state on every file of its stream, on the anchor and on `evaluation.files`, without a limit.
 
     Args:
         at: a step or a file, as for `rollback`; None for the last commit.
+        look: called between two forward passes; may raise to give up.
 
     Raises:
         UsageError: there is no such state.
@@ -52,7 +58,7 @@ def measure(layout: RunLayout, at: str | None, report: Callable[[str], None] = l
     with _opened(layout, at, report) as kept:
         spec = replace(kept.session.spec, config=kept.config)
         model = build_model(spec, checkpoint=kept.folder, treatment=kept.session.treatment)
-        evaluation = Evaluation(kept.session, samples=kept.scratch / "samples")
+        evaluation = Evaluation(kept.session, look, samples=kept.scratch / "samples")
         found = evaluation.everything(model, kept.row, kept.config, kept.manifest.step)
         names = {row.sha256: (row.position, row.name) for row in kept.session.ledger.files("training", "done")}
     names |= {key: (None, name) for key, name in found["names"].items()}

@@ -79,13 +79,23 @@ def _figures(grid: Values) -> list[str]:
         f", worst {_number(forgetting['worst'])} (file {worst}, {printable(names[worst])})" if worst in names else ""
     )
     lines = [
-        f"average loss now   {_number(grid['average'])}",
+        f"average loss now   {_number(grid['average'])}{_of_how_many(grid)}",
         f"forgetting         {_number(forgetting['mean'])} mean{where}",
         f"transfer           {_number(grid['transfer'])} (loss on a file before it was trained, minus the base's)",
     ]
     if any(file["trained"] for file in grid["files"]):
         lines.append(f"{TRAINED} measured on rows that were trained: retention, not generalization")
     return lines
+
+
+def _of_how_many(grid: Values) -> str:
+    """Return how many files the average is over, if it is not over all that are done."""
+    now = [
+        loss is not None
+        for file, loss in zip(grid["files"], grid["loss"][-1], strict=True)
+        if file["position"] is not None and file["position"] <= grid["after"][-1]
+    ]
+    return "" if all(now) or grid["average"] is None else f" (of {sum(now)} of {len(now)} files)"
 
 
 def grid_csv(grid: Values) -> str:

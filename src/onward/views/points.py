@@ -14,7 +14,7 @@ from collections.abc import Collection, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
-from onward.atomic import link_or_copy, remove_tree
+from onward.atomic import discard_tree, link_or_copy
 from onward.errors import DamagedState, UsageError
 from onward.layout import MANIFEST, RunLayout, entries, step_of
 from onward.service.state.ownership import Ownership
@@ -126,8 +126,7 @@ def own_folder(layout: RunLayout) -> Generator[Path]:
     try:
         yield folder
     finally:
-        with contextlib.suppress(OSError):
-            remove_tree(folder)
+        discard_tree(folder)
         os.close(lock)
 
 

@@ -81,6 +81,7 @@ class Preview:
         name: the file's name.
         report: what checking all of its rows found.
         max_length: tokens that a row may have.
+        held_out: rows that would be held out of training; `report` counts them too.
         steps: optimizer steps that training it takes.
         seconds: how long those take, about, at the pace of the newest steps; None if the run has none.
         kept: line, tokens and whether they were cut, for each row to be shown.
@@ -90,6 +91,7 @@ class Preview:
     name: str
     report: IntakeReport
     max_length: int
+    held_out: int
     steps: int
     seconds: float | None
     kept: list[tuple[int, PackedRow, bool]] = field(repr=False)
@@ -174,7 +176,7 @@ def preview(layout: RunLayout, path: Path, count: int | None, *, worst: bool) ->
     def decode(ids: list[int]) -> str:
         return backend.decode(ids, skip_special_tokens=False)
 
-    return Preview(name, report, config.max_length, plan.steps, seconds, kept.rows(), decode)
+    return Preview(name, report, config.max_length, len(plan.held_out), plan.steps, seconds, kept.rows(), decode)
 
 
 def _checked(path: Path, rules: RowRules, observe: Callable[[int, Fitted], None]) -> tuple[str, IntakeReport]:
@@ -262,7 +264,7 @@ def rejection(refusal: Refusal) -> FileRejected:
 
 def _seconds(ledger: Ledger, tokens: float, config: Config) -> float | None:
     """Return how long an epoch's tokens of a file take in all epochs, with the rows that are replayed in them."""
-    last = ledger.at_position(ledger.last_position())
+    last = ledger.at_position(ledger.last_begun())
     steps = ledger.last_steps(last.id, PACE) if last is not None else []
     taken, seconds = sum(step.tokens for step in steps), sum(step.seconds for step in steps)
     return tokens * (1 + config.replay.share) * config.epochs * seconds / taken if taken else None

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from onward.atomic import TEMPORARY_PREFIX, fsync_file, publish_directory, remove_tree
+from onward.atomic import TEMPORARY_PREFIX, discard_tree, fsync_file, publish_directory
 from onward.digest import xxh3_file
 from onward.errors import UsageError
 from onward.events import Observe
@@ -24,7 +24,7 @@ from onward.service.state.ownership import Ownership
 from onward.service.wishes import Wishes
 from onward.store.ledger import Ledger
 from onward.store.lookup import find_step
-from onward.text import printable, storable
+from onward.text import how_many, printable, storable
 from onward.training.model.roundtrip import prove_roundtrip
 from onward.training.model.weights import save_weights
 from onward.training.state import digest_tensors
@@ -129,7 +129,7 @@ class Making:
             yield temporary
             publish_directory(temporary, self._free(target.name))
         finally:
-            remove_tree(temporary)
+            discard_tree(temporary)
             os.close(lock)
             if is_first:
                 with contextlib.suppress(OSError):  # there is a release now
@@ -198,10 +198,12 @@ class Making:
     def _write_card(self, folder: Path, branch: Branch, record: Mapping[str, Any]) -> None:
         """Write the model card from the ledger of the copy, which ends where the release begins."""
         session, found, averaged = branch.session, record["measured"], record["averaged"]
+        cooled = record["cooldown"]["steps"]
+        steps = how_many(cooled, "step")
         checks = {check["name"]: check["ok"] for check in record["checks"]}
         facts = {
             "Release": f"{record['name']}: {printable(record['notes'])}" if record["notes"] else record["name"],
-            "Cooldown": f"{record['cooldown']['steps']} steps over rows of the whole stream, to a rate of zero",
+            "Cooldown": f"{steps} over rows of the whole stream, to a rate of zero" if cooled else "",
             "Average of the states of steps": ", ".join(map(str, averaged)) if len(averaged) > 1 else "",
             "Average loss over its files": _figure(found["average"]),
             "Forgetting, mean and worst": f"{_figure(found['forgetting']['mean'])}, "

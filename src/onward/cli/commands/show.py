@@ -96,7 +96,7 @@ def preview(
 def say_previewed(seen: Preview) -> None:
     """Print how much of a file was shown, and what training it will take."""
     report = seen.report
-    long = report.lengths.words(seen.max_length)
+    long = report.lengths.words(seen.max_length) + (f", {seen.held_out} held out" if seen.held_out else "")
     notes = "".join(f"; {printable(note)}" for note in report.notes)
     share = f"{report.tokens} tokens, {report.target_tokens} of them trained"
     time = f", about {duration(seen.seconds)} at the last speed" if seen.seconds is not None else ""

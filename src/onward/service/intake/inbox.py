@@ -6,6 +6,7 @@ process has it open for writing.
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable, Collection
@@ -18,9 +19,13 @@ from onward.service.intake.writers import is_being_written
 from onward.text import printable
 
 PRIORITIES = {"high": 1, "normal": 0, "low": -1}
-"""The ranks of priorities: folders of the inbox, and values of `--priority`."""
+"""The ranks of priorities, by the values of `--priority`."""
+FOLDERS = {"": 0, "high/": 1, "low/": -1}
+"""The folders that are scanned, with the ranks of their files."""
 IGNORED = (".part", ".partial", ".tmp", ".temp", ".crdownload", ".filepart", ".swp", "~")
 """Endings under which writers and editors keep unfinished files."""
+NO_FOLDER = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+"""Errors of listing what is no folder."""
 
 STUCK = "stuck"
 """The ledger's fact with the files that could not be taken out of the inbox: by path, what was seen, why and when."""
@@ -119,21 +124,26 @@ class Inbox:
     def _entries(self, strange: list[str]) -> list[tuple[os.DirEntry[str], int, str]]:
         """Return all that may be a file, with its priority and its path; note directories that are no priority."""
         result: list[tuple[os.DirEntry[str], int, str]] = []
-        for below, priority in (("", 0), ("high/", 1), ("low/", -1)):
+        for below, priority in FOLDERS.items():
             for entry in self._listed(self.folder / below):
-                if not entry.is_dir(follow_symlinks=False):
-                    result.append((entry, priority, f"{below}{entry.name}"))
-                elif below or entry.name not in PRIORITIES:
-                    strange.append(f"{below}{entry.name}")
+                name = f"{below}{entry.name}"
+                is_priority = f"{name}/" in FOLDERS  # it may be a link to a folder elsewhere, as the inbox may be
+                if not (Path(entry.path).is_dir() if is_priority else entry.is_dir(follow_symlinks=False)):
+                    result.append((entry, priority, name))
+                elif not is_priority:
+                    strange.append(name)
         return result
 
     def _listed(self, folder: Path) -> list[os.DirEntry[str]]:
-        """Return the entries of a folder that are neither hidden nor unfinished; a priority may have no folder."""
+        """Return the entries of a folder that are neither hidden nor unfinished; a priority may have no folder.
+
+        A file that was moved to its name before there was one is a file like others.
+        """
         try:
             with os.scandir(folder) as entries:
                 return [each for each in entries if not each.name.startswith(".") and not each.name.endswith(IGNORED)]
-        except FileNotFoundError:
-            if folder == self.folder:
+        except OSError as error:
+            if folder == self.folder or error.errno not in NO_FOLDER:
                 raise
             return []
 

@@ -48,10 +48,24 @@ def _make_again(session: Session, row: FileRow, config: Config, folder: Path, st
 
     They are made apart from those of intake, whose lock is held for as long as the checking of a file takes.
     """
-    original = require_original(session.layout, row)
-    row_tokenizer = RowTokenizer(session.tokenizer_state, config.max_length, config.over_length)
     made = session.layout.cache / "again" / folder.name
     remove_tree(made.parent)
+    make_tokens(session, row, config, made, stop)
+    session.layout.tokens.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir():
+        made.rename(folder)
+    remove_tree(made.parent)
+
+
+def make_tokens(session: Session, row: FileRow, config: Config, made: Path, stop: Callable[[], None]) -> None:
+    """Make the tokens of an accepted file from its original, in a new folder.
+
+    Raises:
+        DamagedState: the archived original is not the file that was accepted.
+        ConfigError: rows of the file are refused now.
+    """
+    original = require_original(session.layout, row)
+    row_tokenizer = RowTokenizer(session.tokenizer_state, config.max_length, config.over_length)
     reading = Reading.of_accepted(config, row.bad_rows)
     try:
         report = tokenize_file(original, made, row.sha256, row_tokenizer, stop=stop, reading=reading)
@@ -65,10 +79,6 @@ def _make_again(session: Session, row: FileRow, config: Config, folder: Path, st
             hint="The file was accepted under another config, or by an earlier release that checked less. Put that "
             f"back, or leave the file out: onward skip {typed(row.name)}",
         )
-    session.layout.tokens.mkdir(parents=True, exist_ok=True)
-    if not folder.is_dir():
-        made.rename(folder)
-    remove_tree(made.parent)
 
 
 def forget_tokens(session: Session, sources: Collection[str] = ()) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from safetensors.torch import load, save
 
-from onward.atomic import replace_file
+from onward.atomic import remove_tree, replace_file
 from onward.config import Config
 from onward.data.tokenized import Row, TokenizedFile, TokenizedWriter, pack
 from onward.digest import sha256_json, xxh3_file
@@ -26,7 +26,7 @@ TOP_MARK = f"-top{TOP}"
 
 
 def anchor_rows(session: Session, config: Config, base: Callable[[], Meter]) -> list[Row]:
-    """Return the anchor texts of a run as rows, which the base writes now if there are none yet.
+    """Return the anchor texts of a run as rows, which the base writes now if they are not there, or are damaged.
 
     All tokens of a row but the first are targets.
 
@@ -34,23 +34,17 @@ def anchor_rows(session: Session, config: Config, base: Callable[[], Meter]) -> 
         base: makes the meter of the base; called if the texts have to be written.
 
     Raises:
-        DamagedState: they were written before but are gone or damaged, and writing them again gives other texts.
+        DamagedState: they were written before, and written again they are other texts.
     """
-    if not config.anchor.rows:
-        return []
     name = _name(session, config)
     folder = session.layout.anchor / name
-    known: dict[str, str] = session.ledger.get(FACT, {})
-    texts = TokenizedFile.open(folder) if folder.is_dir() else None
-    if texts is None:
+    known = _known(session, name)
+    texts = _open(folder)
+    if texts is None or known not in (None, _digest(texts)):
         ids = base().write((config.anchor.rows, config.anchor.tokens), _first_token(session))
         _keep(folder, ids)
         texts = TokenizedFile.open(folder)
-    digest: str = texts.meta["files"]["tokens.bin"]["xxh3"]
-    if known.get(name, digest) != digest:
-        raise _changed(folder)
-    if name not in known:
-        session.ledger.put(**{FACT: {**known, name: digest}})
+    _require_known(session, folder, name, _digest(texts))
     return [texts.row(place) for place in range(texts.rows)]
 
 
@@ -72,21 +66,17 @@ def anchor_term(session: Session, config: Config, base: Callable[[], Meter]) -> 
         base: makes the meter of the base; called if texts or distributions have to be made.
 
     Raises:
-        DamagedState: what was made before is gone or damaged, and making it again gives something else.
+        DamagedState: what was made before is gone or damaged, and made again it is something else.
     """
     if not (config.anchor.weight and config.anchor.rows):
         return None
     texts = anchor_rows(session, config, base)
     name = f"{_name(session, config)}{TOP_MARK}"
     path = session.layout.anchor / f"{name}.safetensors"
-    if not path.is_file():
+    known = _known(session, name)
+    if not path.is_file() or known not in (None, xxh3_file(path)):
         replace_file(path, save(_distributions(texts, base())))
-    known: dict[str, str] = session.ledger.get(FACT, {})
-    digest = xxh3_file(path)
-    if known.get(name, digest) != digest:
-        raise _changed(path)
-    if name not in known:
-        session.ledger.put(**{FACT: {**known, name: digest}})
+    _require_known(session, path, name, xxh3_file(path))
     kept = load(path.read_bytes())
     return AnchorTerm(texts, kept["ids"].long(), kept["logs"], config.anchor.weight)
 
@@ -107,11 +97,36 @@ def _distributions(texts: list[Row], base: Meter) -> dict[str, torch.Tensor]:
     return {"ids": torch.stack(ids), "logs": torch.stack(logs)}
 
 
-def _changed(where: Path) -> DamagedState:
-    hint = (
-        f"Put {where.name} back from a copy, or set a different anchor.rows in the config: then they are written again."
-    )
-    return DamagedState("the anchor texts are not those that the base wrote for this run", where=where, hint=hint)
+def _known(session: Session, name: str) -> str | None:
+    """Return the hash of what was made for this run under a name; None if nothing was."""
+    known: dict[str, str] = session.ledger.get(FACT, {})
+    return known.get(name)
+
+
+def _require_known(session: Session, path: Path, name: str, digest: str) -> None:
+    """Refuse what was made again and is something else; record the hash of what was made for the first time."""
+    known = _known(session, name)
+    if known is None:
+        session.ledger.put(**{FACT: {**session.ledger.get(FACT, {}), name: digest}})
+    elif known != digest:
+        what = "the anchor texts are gone or damaged, and the base writes other ones here than it wrote for this run"
+        hint = (
+            f"Put {path.name} back from a copy of the run. Or set another anchor.rows in the config, and train "
+            "without the file that has begun: onward skip"
+        )
+        raise DamagedState(what, where=path, hint=hint)
+
+
+def _open(folder: Path) -> TokenizedFile | None:
+    try:
+        return TokenizedFile.open(folder)
+    except DamagedState:
+        return None
+
+
+def _digest(texts: TokenizedFile) -> str:
+    digest: str = texts.meta["files"]["tokens.bin"]["xxh3"]
+    return digest
 
 
 def _first_token(session: Session) -> int:
@@ -124,6 +139,8 @@ def _keep(folder: Path, ids: list[list[int]]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     writer = TokenizedWriter(folder)
     try:
+        if TokenizedWriter.left(folder):  # damaged ones
+            remove_tree(folder)
         targets = np.arange(len(ids[0])) > 0
         writer.append([pack(np.array(text, dtype=np.int64), targets) for text in ids], list(range(len(ids))))
         writer.publish({"written_by": "the base"})

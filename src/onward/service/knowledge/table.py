@@ -134,9 +134,10 @@ class Table:
         }
 
     def _now(self) -> Iterator[tuple[Column, Mapping[str, Any]]]:
+        """Return what was measured after the last file, without a file that has only begun: it is not trained yet."""
         last = self.scores[-1] if len(self.scores) > 1 else {}
-        placed = (column for column in self.columns if column.position is not None)
-        return ((column, last[column.key]) for column in placed if column.key in last)
+        trained = (each for each in self.columns if each.position is not None and each.position <= self.after[-1])
+        return ((column, last[column.key]) for column in trained if column.key in last)
 
     def _now_placed(self) -> Iterator[tuple[_Placed, Mapping[str, Any]]]:
         return ((_Placed(column.key, column.position or 0), score) for column, score in self._now())

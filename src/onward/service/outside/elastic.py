@@ -23,6 +23,8 @@ from onward.errors import UsageError
 from onward.ranks import LOST
 from onward.text import how_many
 
+MOST = 1024
+"""The most processes that are started: more fill any machine before they can be told that a step has fewer parts."""
 GRACE = 5.0
 """Seconds that the last processes have to end once the others have ended."""
 PRELOADED = ("onward.service.owner.daemon", "onward.service.owner.leading", "onward.service.owner.follower")
@@ -60,6 +62,8 @@ def read_devices(text: str, there: Callable[[], int | None]) -> Devices:
         raise _wrong(f"{text!r} is not a number of devices") from None
     if not 1 <= devices.least <= devices.most:
         raise _wrong(f"{text!r} is not a number of devices, 1 or more" if devices.least < 1 else f"{text!r} goes down")
+    if count is None and devices.most > MOST:
+        raise _wrong(f"one machine starts at most {MOST:,} processes, not {devices.most}")
     if count is not None and devices.least > count:
         raise _wrong(f"this machine has {how_many(count, 'GPU')}, not {devices.least}")
     return devices if count is None else Devices(devices.least, min(devices.most, count))

@@ -213,10 +213,12 @@ def _take_back(layout: RunLayout, ledger: Ledger, row: FileRow, move: Move, what
 
 
 def _smaller_parts(row: FileRow, ledger: Ledger, config: Config) -> int | None:
-    """Return twice as many parts as the file was tried with, or None if each part was a single row already."""
+    """Return about twice as many parts as the file was tried with, or None if each part was a single row already."""
     used = stored_config(ledger.config_of(row)) if row.config else config
     tried = row.parts or used.most_parts
-    return min(2 * tried, used.batch_size) if tried < used.batch_size else None
+    if row.parts is None and used.gradient_accumulation == "auto":  # short rows share parts, however long others may be
+        tried = min(tried, used.batch_size - 1)
+    return min(2 * tried, used.batch_size) if 0 < tried < used.batch_size else None
 
 
 def _link(layout: RunLayout, row: FileRow) -> Path:

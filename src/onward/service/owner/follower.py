@@ -56,20 +56,30 @@ VISIBLE = 60.0
 """Seconds within which a folder that another machine made must be visible here: NFS caches directories for a while."""
 
 
-def follow(
-    layout: RunLayout, place: Place, patience: float, stop: Wishes, report: Callable[[str], None] = lambda _: None
-) -> None:
-    """Form the group with the other ranks, and follow rank 0 until it ends.
+def join(place: Place, patience: float, stop: Wishes) -> Group:
+    """Form the group with the other ranks.
 
     Args:
         patience: seconds after which a rank that shows no sign of life is lost.
+        stop: a stop asked for here ends the wait for others.
+
+    Raises:
+        RankLost: a rank did not join.
+        Stopped: a stop was asked for before all had joined.
+    """
+    return form(place, patience, lambda _: None, stop.check_for_end)
+
+
+def follow(layout: RunLayout, group: Group, stop: Wishes, report: Callable[[str], None] = lambda _: None) -> None:
+    """Follow rank 0 until it ends.
+
+    Args:
         stop: a stop asked for here is passed on to rank 0.
         report: receives a line if rank 0 can no longer say why it ends.
 
     Raises:
         RankLost: another rank is gone.
     """
-    group = form(place, patience, lambda _: None)
     group.watch.asked = lambda: stop.reason if stop.wants_end else None
     group.watch.on_loss = partial(_end_process, group.watch, report)
     try:

@@ -26,8 +26,9 @@ def leading(place: Place, patience: float, wishes: Wishes, report: Callable[[str
 
     Raises:
         RankLost: a rank did not join.
+        Stopped: a stop was asked for before all had joined.
     """
-    group = form(place, patience, report)
+    group = form(place, patience, report, wishes.check_for_end)
     group.watch.on_stop, group.watch.on_loss = wishes.ask, partial(_end_process, report)
     try:
         yield group

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from onward.atomic import remove_tree
 from onward.config import stored_config
+from onward.data.plan.replay import StreamPlan
+from onward.data.tokenized import TokenizedFile
 from onward.digest import xxh3_file
-from onward.errors import VerificationFailed
+from onward.errors import ConfigError, VerificationFailed
+from onward.events import StepTaken
 from onward.hooks.evaluation import WAY
 from onward.layout import RunLayout, step_of
-from onward.service.intake.tokens import open_tokens
+from onward.service.intake.tokens import make_tokens, open_tokens
 from onward.service.knowledge.evaluation import Evaluation
-from onward.service.knowledge.plans import OpenSources, plan_of
+from onward.service.knowledge.plans import OpenSources, first_in_stream, plan_of
 from onward.service.knowledge.table import GRID
 from onward.service.session import Session, open_session
 from onward.store.ledger import Ledger
-from onward.store.rows import FileRow
+from onward.store.rows import FileRow, StepRecord
 from onward.text import how_many
 from onward.training.boundary import cross_boundary
 from onward.training.checkpoints.checkpoint import Manifest, inspect_checkpoint
@@ -28,6 +32,9 @@ from onward.training.device.environment import promises_bits, same_environment
 from onward.training.model.weights import save_weights
 from onward.training.state import TrainState
 from onward.training.trainer import Trainer
+
+EXACT = "A replay is exact only on the same machine with the same versions and thread count."
+REST = "onward verify checks everything else."
 
 
 def replay(layout: RunLayout, ledger: Ledger) -> str:
@@ -48,22 +55,43 @@ def replay(layout: RunLayout, ledger: Ledger) -> str:
         if not promises_bits(target.environment):
             raise VerificationFailed(
                 "equal bits are not promised for this run, so training again would prove nothing",
-                where="deterministic",
-                hint="Its steps may differ each time (`deterministic: false`, or an Apple GPU). onward verify "
-                "checks everything else.",
+                hint="Its steps may differ each time (`deterministic: false`, `exchange: fast` or unequal devices, an "
+                f"Apple GPU). {REST}",
             )
         if not same_environment(session.environment, target.environment):
             raise VerificationFailed(
                 f"the state was made elsewhere: {target.environment}, here {session.environment}",
-                hint="A replay is exact only on the same machine with the same versions and thread count.",
+                hint=EXACT,
             )
         config = stored_config(start.config)
         state = load_state(folder, start, replace(session.spec, config=config), treatment=session.treatment)
         evaluation = Evaluation(session, samples=Path(scratch) / "samples")
-        steps = sum(1 for _ in _train_again(session, evaluation, state, target))
-        _require_equal(state, target, Path(scratch))
+        try:
+            steps = sum(1 for _ in _train_again(session, evaluation, state, target, Path(scratch)))
+            _require_equal(state, target, Path(scratch))
+        except VerificationFailed as error:
+            _require_one_environment(ledger, start.step, target.step, error)
+            raise
     again = f"{how_many(steps, 'step')} from step {start.step} trained again"
     return f"{again}: weights, moments and losses equal, bit for bit"
+
+
+def _require_one_environment(ledger: Ledger, first: int, last: int, found: VerificationFailed) -> None:
+    """Say so if steps that gave something else again may have been taken elsewhere: on a node of another kind, say.
+
+    Args:
+        first: the step at which the replay began; the state there is given.
+        found: what differs.
+
+    Raises:
+        VerificationFailed: a handover between the two steps was not bitwise.
+    """
+    apart = [each for each in ledger.handovers() if first < each.step < last and each.name != "bitwise"]
+    if apart:
+        raise VerificationFailed(
+            f"steps up to {apart[-1].step} were taken in another environment (handover {apart[-1].name}): {found.what}",
+            hint=f"{EXACT} {REST}",
+        )
 
 
 def _start(layout: RunLayout, target: Manifest) -> tuple[Path, Manifest]:
@@ -79,11 +107,14 @@ def _start(layout: RunLayout, target: Manifest) -> tuple[Path, Manifest]:
     )
 
 
-def _train_again(session: Session, evaluation: Evaluation, state: TrainState, target: Manifest) -> Iterator[None]:
+def _train_again(
+    session: Session, evaluation: Evaluation, state: TrainState, target: Manifest, scratch: Path
+) -> Iterator[None]:
+    sources = _SameTokens(session, scratch)
     for row in session.ledger.files("training", "done"):
         if row.place <= state.cursor.position or row.place > target.cursor.position:
             continue
-        yield from _train_file(session, evaluation, state, target, row)
+        yield from _train_file(sources, evaluation, state, target, row)
         if state.cursor.at_boundary:
             _measure_again(session.ledger, evaluation, state, row)
 
@@ -98,25 +129,73 @@ def _measure_again(ledger: Ledger, evaluation: Evaluation, state: TrainState, ro
         raise VerificationFailed(f"measured again after {row.name}, the model's scores differ from those recorded")
 
 
+class _SameTokens:
+    """The tokens that files were trained from, each compared once with what its original gives.
+
+    Args:
+        scratch: a folder for the tokens that are made again.
+    """
+
+    def __init__(self, session: Session, scratch: Path) -> None:
+        self.session = session
+        self._opened = OpenSources(session, lambda: None)
+        self._made = scratch / "tokens"
+        self._compared: set[str] = set()
+
+    def of_plan(self, plan: StreamPlan, own: TokenizedFile, row: FileRow) -> Mapping[str, TokenizedFile]:
+        """Open the files that a plan takes rows from, as `OpenSources` does.
+
+        Raises:
+            VerificationFailed: cached tokens are not those of their original.
+        """
+        sources = self._opened.of_plan(plan, own)
+        for sha256, tokens in sources.items():
+            self._compare(row if sha256 == row.sha256 else first_in_stream(self.session.ledger, sha256), tokens)
+        return sources
+
+    def _compare(self, row: FileRow, tokens: TokenizedFile) -> None:
+        if tokens.directory.name in self._compared:
+            return
+        self._compared.add(tokens.directory.name)
+        try:
+            make_tokens(self.session, row, stored_config(self.session.ledger.config_of(row)), self._made, lambda: None)
+        except ConfigError:  # an earlier release took rows that are refused now
+            return
+        again = TokenizedFile.open(self._made, verify=False)
+        if not again.holds_same(tokens):
+            raise VerificationFailed(
+                f"the tokens of {row.name} in the cache are not those of its original",
+                where=tokens.directory,
+                hint="Remove this directory, and train again what may have been trained on it: "
+                "onward rollback --to FILE --requeue",
+            )
+        remove_tree(self._made)
+
+
 def _train_file(
-    session: Session, evaluation: Evaluation, state: TrainState, target: Manifest, row: FileRow
+    sources: _SameTokens, evaluation: Evaluation, state: TrainState, target: Manifest, row: FileRow
 ) -> Iterator[None]:
-    ledger = session.ledger
+    session, ledger = sources.session, sources.session.ledger
     config = stored_config(ledger.config_of(row))
     tokens = open_tokens(session, row, config, lambda: None)
     plan = plan_of(ledger, row, tokens.rows, config, row.place)
     cross_boundary(state, config, plan, row.place)
-    recorded = {step.step: step.loss for step in ledger.steps(row.id)}
+    recorded = {step.step: step for step in ledger.steps(row.id)}
     anchor = evaluation.anchor_term(state.model, config)
     trainer = Trainer(state, config, session.execution, anchor)
-    for result in trainer.steps(OpenSources(session, lambda: None).of_plan(plan, tokens), plan):
-        if result.loss != recorded.get(result.step):
-            raise VerificationFailed(
-                f"step {result.step} of {row.name} had loss {recorded.get(result.step)!r}, again {result.loss!r}"
-            )
+    for result in trainer.steps(sources.of_plan(plan, tokens, row), plan):
+        _require_same_step(row, recorded.get(result.step), result)
         yield
         if result.step == target.step:
             return
+
+
+def _require_same_step(row: FileRow, recorded: StepRecord | None, result: StepTaken) -> None:
+    for name in ("loss", "grad_norm", "anchor", "tokens", "target_tokens", "epoch"):
+        before, again = getattr(recorded, name, None), getattr(result, name)
+        if before != again:
+            problem = f"step {result.step} of {row.name} had {name.replace('_', ' ')} {before!r}, again {again!r}"
+            raise VerificationFailed(problem)
 
 
 def _require_equal(state: TrainState, target: Manifest, scratch: Path) -> None:

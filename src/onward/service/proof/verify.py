@@ -23,6 +23,7 @@ from onward.service.moment import require_present, require_same_moment
 from onward.service.proof.replay import replay
 from onward.service.state.own_parts import start_folder
 from onward.service.state.ownership import Ownership
+from onward.service.tokenizer import KeptTokenizer, is_tokenizer_of
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow, StepRecord
 from onward.text import how_many
@@ -121,7 +122,7 @@ def _nothing_trained(layout: RunLayout, ledger: Ledger) -> str:
 
 
 def _queue(ledger: Ledger) -> str:
-    return f"{ledger.queued()} files wait"
+    return f"waiting: {how_many(ledger.queued(), 'file')}"
 
 
 def _state_files(layout: RunLayout, ledger: Ledger, manifest: Manifest | None, problems: list[str]) -> str:
@@ -261,14 +262,19 @@ def _originals(layout: RunLayout, ledger: Ledger) -> str:
 
 def _anchor(layout: RunLayout, ledger: Ledger) -> str:
     wrong = changed_anchors(layout, ledger)
-    _require(not wrong, f"missing, or not what the base wrote: {', '.join(wrong)}")
+    _require(not wrong, f"missing, or not what the base wrote, as it does again when needed: {', '.join(wrong)}")
     return f"{', '.join(ledger.get(FACT))}, hashes equal"
 
 
 def _base(layout: RunLayout, ledger: Ledger) -> str:
-    recorded = (ledger.get("identity") or {}).get("base")
+    identity = ledger.get("identity") or {}
     config = read_config(layout.config)
     start_folder(layout, ledger, config)  # raises if the adapter that the run starts from was changed
-    digest = digest_base(base_of_run(layout.root, config.model))
-    _require(digest == recorded, "the base model changed on disk since this run began")
+    folder = base_of_run(layout.root, config.model)
+    digest = digest_base(folder)
+    _require(digest == identity.get("base"), "the base model changed on disk since this run began")
+    tokenizer = KeptTokenizer(layout, layout.tokenizer(folder)).state(config, ledger)
+    _require(
+        is_tokenizer_of(identity, tokenizer), "the tokenizer or chat template changed on disk since this run began"
+    )
     return f"unchanged ({digest[:12]})"

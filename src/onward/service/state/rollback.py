@@ -56,9 +56,10 @@ def rollback(layout: RunLayout, ledger: Ledger, to: str, *, requeue: bool) -> di
 
 
 def reset(layout: RunLayout, ledger: Ledger) -> dict[str, Any]:
-    """Forget all progress: every file that was begun is marked undone; the queue stays.
+    """Forget all progress: every file with a place in the stream, also one that waits for it again, is marked undone.
 
-    A run made from a base model then has no state. An adopted one is back at the adopted step.
+    The rest of the queue stays. A run made from a base model then has no state; an adopted one is back at the
+    adopted step.
 
     Returns:
         `global_step` (0, or the adopted step) and the names `undone`.

@@ -155,6 +155,8 @@ class Settlement:
         if claimed and self.layout.checkpoint(claimed.step) not in checkpoints:
             damage.append(f"checkpoint-{claimed.step} is missing")
         for folder in sorted([*checkpoints, *self._ownership.restore_points()], key=step_of, reverse=True):
+            if self.ledger.is_given_up(step_of(folder)):  # put back: the records of its steps are gone
+                continue
             found = inspect_checkpoint(folder)
             place = folder.relative_to(self.layout.root)
             if found.verified is not None:

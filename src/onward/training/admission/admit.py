@@ -18,7 +18,7 @@ from onward.training.admission.inputs import LONG, MIDDLE, SHORT, rows
 from onward.training.admission.positions import most_positions
 from onward.training.admission.proof import Found, Proof
 from onward.training.admission.purity import Marks
-from onward.training.admission.remedies import NO_REMEDY, adapter_hint, causal_hint
+from onward.training.admission.remedies import NO_REMEDY, causal_hint, working_hint
 from onward.training.admission.roundtrip import not_loaded_back
 from onward.training.admission.small.alike import reached_by_kinds
 from onward.training.admission.small.narrow import narrow, still
@@ -146,7 +146,7 @@ def _told_why_not(proof: Proof) -> Generator[None]:
     except Exception as error:
         if is_of_the_device(error):
             raise
-        hint = adapter_hint(proof.spec.config, proof.spec.base, proof.spec.device, proof.spec.dtype)
+        hint = working_hint(proof.spec.config, proof.spec.base, proof.spec.device, proof.spec.dtype)
         raise ModelError(
             f"the model computes no loss of a row of text: {first_line(error)}", where=proof.spec.base, hint=hint
         ) from None

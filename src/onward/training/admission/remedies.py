@@ -76,15 +76,16 @@ def causal_hint(base: Path, device: torch.device) -> str:
     return f'Set "is_decoder": true in {base / "config.json"}: then it attends only to earlier tokens.'
 
 
-def adapter_hint(config: Config, base: Path, device: torch.device, dtype: torch.dtype) -> str:
-    """Return a setting with which a model works that fails with its adapter: float32, or targets that are plain layers.
+def working_hint(config: Config, base: Path, device: torch.device, dtype: torch.dtype) -> str:
+    """Return a setting with which a model works that fails as it is trained: float32, or targets that are plain layers.
 
     PyTorch's layer norms on a CPU take no input of another type than their weights, as trained embeddings make it.
+    Experts of some models add what autocast multiplied to what it did not.
     """
-    if config.method == "full":
-        return NO_REMEDY
     if dtype in HALF and _computes(ModelSpec(config, base, device, torch.float32)):
         return "In float32 it works: --set dtype=float32"
+    if config.method == "full":
+        return NO_REMEDY
     skeleton = _skeleton(base)
     head = skeleton.get_output_embeddings()
     kinds: dict[str, set[type]] = {}

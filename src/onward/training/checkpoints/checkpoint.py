@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
-from onward.atomic import TEMPORARY_PREFIX, fsync_file, publish_directory, remove_tree, write_file
+from onward.atomic import TEMPORARY_PREFIX, discard_tree, fsync_file, publish_directory, remove_tree, write_file
 from onward.config import Config
 from onward.digest import canonical_json, sha256_json, xxh3_file
 from onward.errors import NoSpace, NotMadeHere, Unreadable, VerificationFailed, is_out_of_space
@@ -29,6 +29,7 @@ from onward.training.model.roundtrip import prove_roundtrip
 from onward.training.model.weights import save_weights
 from onward.training.optimizers import file_state
 from onward.training.state import Cursor, Snapshot
+from onward.training.transfer import beside_training
 
 FORMAT = 1
 SPACE_MARGIN = 1.1
@@ -135,15 +136,16 @@ def write_checkpoint(target: Path, contents: Contents, *, recorded: bool = False
     remove_tree(temporary)
     temporary.mkdir()
     try:
-        _write_files(temporary, contents)
-        if contents.parent is None or contents.parent.parameters != contents.state.describe_parameters():
-            prove_roundtrip(contents.model, temporary, contents.state.weights)
+        with beside_training(next(contents.model.parameters()).device):  # frozen weights may be written too
+            _write_files(temporary, contents)
+            if contents.parent is None or contents.parent.parameters != contents.state.describe_parameters():
+                prove_roundtrip(contents.model, temporary, contents.state.weights)
         manifest = _describe(temporary, contents)
         write_file(temporary / MANIFEST, canonical_json(manifest.model_dump(mode="json")) + b"\n")
         remove_checkpoint(target, run=contents.facts.run, recorded=recorded)  # damaged, or the step was trained again
         publish_directory(temporary, target)
     except (OSError, NotMadeHere, Unreadable, VerificationFailed) as error:
-        remove_tree(temporary)
+        discard_tree(temporary)
         if is_out_of_space(error):
             raise _no_space(target.parent, size) from None
         raise

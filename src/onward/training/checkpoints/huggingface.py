@@ -122,15 +122,20 @@ def training_arguments(config: Config) -> bytes:
     from transformers import TrainingArguments
 
     named: dict[str, Any] = {"optim": "adamw_bnb_8bit"} if config.optimizer == "adamw_8bit" else {}
+    named["lr_scheduler_type"] = {"constant": "constant_with_warmup", "wsd": "constant_with_warmup"}.get(
+        config.schedule, config.schedule
+    )
     with quiet():  # it warns about a process group, which is not the Trainer's
         arguments = TrainingArguments(
             output_dir="current_model",
             per_device_train_batch_size=config.batch_size,
             learning_rate=config.learning_rate,
+            warmup_steps=config.warmup_steps,
             num_train_epochs=config.epochs,
             weight_decay=config.weight_decay,
             adam_beta1=config.betas[0],
             adam_beta2=config.betas[1],
+            adam_epsilon=config.eps,
             max_grad_norm=config.max_grad_norm,
             save_steps=config.save_steps,
             logging_steps=config.log_steps,

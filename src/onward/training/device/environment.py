@@ -14,7 +14,7 @@ import peft
 import torch
 import transformers
 
-from onward.errors import ModelError
+from onward.errors import ConfigError, ModelError
 from onward.training.device.hardware import gpu_facts, multiplies_bfloat16, processor_model
 from onward.training.seeds import one_computes
 from onward.training.world import World
@@ -57,6 +57,36 @@ def pick_dtype(setting: str, device: torch.device) -> torch.dtype:
         fits = device.type == "cuda" and multiplies_bfloat16(torch.cuda.get_device_capability(device))
         return torch.bfloat16 if fits else torch.float32
     return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(setting, torch.float32)
+
+
+def require_whole_teams(device: torch.device) -> None:
+    """Refuse settings of OpenMP that give a computation fewer threads than PyTorch counts on.
+
+    oneDNN then leaves out parts of a product without an error, and bits change with the load of the machine.
+
+    Raises:
+        ConfigError: there is such a setting.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        return
+    limit = _openmp("omp_get_thread_limit", threads)
+    if limit < threads:
+        where, given, hint = "OMP_THREAD_LIMIT", f"allows {limit}", f"Set OMP_NUM_THREADS={limit}."
+    elif _openmp("omp_get_dynamic", 0):
+        where, given, hint = "OMP_DYNAMIC", "may give fewer at any time", "Unset OMP_DYNAMIC."
+    elif _openmp("omp_get_max_active_levels", 1) < 1:
+        where, given, hint = "OMP_MAX_ACTIVE_LEVELS", "allows one", "Unset OMP_MAX_ACTIVE_LEVELS."
+    else:
+        return
+    what = f"PyTorch counts on {threads} threads, and OpenMP {given}: products would be wrong, without an error"
+    raise ConfigError(what, where=where, hint=hint)
+
+
+def _openmp(question: str, default: int) -> int:
+    """Return what the process's OpenMP answers; the default if it has none."""
+    ask = getattr(ctypes.CDLL(None), question, None)
+    return default if ask is None else int(ask())
 
 
 @contextlib.contextmanager

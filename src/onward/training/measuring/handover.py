@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from onward.digest import sha256_json
+from onward.digest import state_digest
 from onward.errors import VerificationFailed
 from onward.training.device.environment import promises_bits, same_environment
 from onward.training.measuring.probe import Probed
@@ -39,7 +39,7 @@ class Measurement:
     @property
     def state_digest(self) -> str:
         """One digest for weights, moments and Adam's counter together."""
-        return sha256_json([self.weights, self.moments, self.adam_step])
+        return state_digest(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the measurement as JSON values."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, cast
@@ -14,14 +15,19 @@ from torch import distributed
 from torch.distributed.rendezvous import rendezvous
 
 from onward.errors import RankLost, UsageError, first_line
-from onward.ranks import Place
+from onward.ranks import UNSET, Place
 from onward.text import how_many
 from onward.training.device.environment import describe_environment, same_environment
 from onward.training.device.support import require_support
 from onward.training.ranks.group import Group
 from onward.training.ranks.meeting import meet
 from onward.training.ranks.watch import Watch
+from onward.version import __version__
 
+SLACK = 2.0
+"""Seconds beyond its time that a connection gets to say why it failed: it counts whole seconds, and the last one."""
+GLANCE = 0.1
+"""Seconds between two checks of whether to go on waiting."""
 FOREVER = timedelta(days=365)
 """The timeout of a collective; while waiting, Onward itself watches the others."""
 NEEDS: Mapping[type[object], Sequence[str]] = {
@@ -31,23 +37,28 @@ NEEDS: Mapping[type[object], Sequence[str]] = {
 """What is called here and is missing in older releases of PyTorch."""
 
 
-def form(place: Place, patience: float, report: Callable[[str], None]) -> Group:
+def form(
+    place: Place, patience: float, report: Callable[[str], None], check: Callable[[], None] = lambda: None
+) -> Group:
     """Form the group of all ranks; return when all have joined.
 
     Args:
         patience: seconds to wait for a rank, now and later.
         report: receives, on rank 0, differences between ranks.
+        check: called while this rank waits for others to come; may raise to end that.
 
     Raises:
         ConfigError: PyTorch is too old.
-        UsageError: this machine has no device for the rank.
+        UsageError: this machine has no device for the rank, or ranks have different releases of Onward.
         RankLost: a rank did not join.
     """
     require_support("training on several devices", NEEDS, where="devices", instead="train on one")
     device = device_of(place)
-    store, watched = _stores(place, patience)
-    own = {"pid": os.getpid(), "host": socket.gethostname(), "environment": describe_environment(device, torch.float32)}
-    name, found = meet(store, (place.rank, place.size), own, patience)
+    store, watched = _stores(place, patience, check)
+    own: dict[str, Any] = {"pid": os.getpid(), "host": socket.gethostname(), "release": __version__}
+    own["environment"] = describe_environment(device, torch.float32)
+    name, found = meet(store, (place.rank, place.size), own, patience, check)
+    require_one_release(found)
     store, watched = (cast(Any, distributed).PrefixStore(name, each) for each in (store, watched))
     unequal = equalize(found, report if place.rank == 0 else lambda _: None)
     names = [f"rank {rank} (pid {each['pid']} on {each['host']})" for rank, each in enumerate(found)]
@@ -77,7 +88,7 @@ def device_of(place: Place) -> torch.device:
     return device
 
 
-def _stores(place: Place, patience: float) -> tuple[Any, Any]:
+def _stores(place: Place, patience: float, check: Callable[[], None]) -> tuple[Any, Any]:
     """Return two connections to the store by which torchrun's processes find each other.
 
     They are made in a thread: an unrelated program that listens on the port may never answer.
@@ -97,14 +108,37 @@ def _stores(place: Place, patience: float) -> tuple[Any, Any]:
 
     thread = threading.Thread(target=connect, name="onward-store", daemon=True)
     thread.start()
-    thread.join(patience + 1.0)
+    ends = time.monotonic() + patience + SLACK
+    while thread.is_alive() and time.monotonic() < ends:
+        check()
+        thread.join(GLANCE)
     if made:
         return made[0]
     raise RankLost(
         f"the processes cannot find each other: {first_line(failed[-1])}",
         where=address,
-        hint="MASTER_ADDR and MASTER_PORT must be reachable from every machine, and the port must be free.",
+        hint="MASTER_ADDR and MASTER_PORT must be reachable from every machine, and the port must be free. "
+        f"If this shell has them from elsewhere: {UNSET}",
     )
+
+
+def require_one_release(found: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse ranks that may not understand each other.
+
+    Args:
+        found: what each rank said about itself.
+
+    Raises:
+        UsageError: one has another release of Onward than rank 0.
+    """
+    releases = [each.get("release", "an earlier release") for each in found]
+    for rank, release in enumerate(releases):
+        if release != releases[0]:
+            raise UsageError(
+                f"rank {rank} on {found[rank]['host']} has Onward {release}, rank 0 has {releases[0]}",
+                where="devices",
+                hint="Install the same release on every machine.",
+            )
 
 
 def equalize(found: Sequence[Mapping[str, Any]], report: Callable[[str], None]) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from onward.errors import RankLost
@@ -20,7 +20,13 @@ PAUSE = 0.02
 _FIRST, _ALL = "first", "all"
 
 
-def meet(store: Any, place: tuple[int, int], own: dict[str, Any], patience: float) -> tuple[str, list[dict[str, Any]]]:
+def meet(
+    store: Any,
+    place: tuple[int, int],
+    own: dict[str, Any],
+    patience: float,
+    check: Callable[[], None] = lambda: None,
+) -> tuple[str, list[dict[str, Any]]]:
     """Meet all ranks; return a name for keys of this group alone, and what each rank said about itself.
 
     Args:
@@ -28,6 +34,7 @@ def meet(store: Any, place: tuple[int, int], own: dict[str, Any], patience: floa
         place: this rank, and how many there are.
         own: what this rank says about itself, as JSON values.
         patience: seconds to wait.
+        check: called while it waits; may raise to end that.
 
     Raises:
         RankLost: a rank did not come.
@@ -41,6 +48,7 @@ def meet(store: Any, place: tuple[int, int], own: dict[str, Any], patience: floa
         store.set(_here(first, 0), json.dumps(own))
         store.set(_FIRST, first)
     while time.monotonic() < ends:
+        check()
         if rank == 0:
             if not _missing(store, first, size):
                 store.set(f"{first}/{_ALL}", json.dumps(_said(store, first, size)))

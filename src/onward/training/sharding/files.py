@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ByRows
 
-from onward.atomic import TEMPORARY_PREFIX, publish_directory, remove_tree, write_file
+from onward.atomic import TEMPORARY_PREFIX, discard_tree, publish_directory, remove_tree, write_file
 from onward.digest import canonical_json, sha256_json, xxh3_file
 from onward.errors import DamagedState, Unreadable, VerificationFailed
 from onward.training.ranks.forming import FOREVER
@@ -116,7 +116,7 @@ def write_shards(
                 publish_directory(temporary, target)
     except Exception:
         if is_first:
-            remove_tree(temporary)
+            discard_tree(temporary)
         raise
 
 

@@ -39,7 +39,7 @@ def probe_in_shards(
     """
     model, device = sharded.model, sharded.device
     loss_of = loss_in_shards(sharded, device, dtype)
-    batch, with_gradient = probe_batches(model, seed, device)
+    batch, with_gradient = sharded.compute(lambda: probe_batches(model, seed, device))  # it reads the embedding
     in_shards = InShards[Any](sharded, gradients, loss_of)
 
     def backward(parts: Any) -> torch.Tensor:

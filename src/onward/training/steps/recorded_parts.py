@@ -8,6 +8,7 @@ recorded, and nothing is recorded any more.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -112,6 +113,12 @@ class RecordedParts:
     def _now(self) -> list[int]:
         return [weight.data_ptr() for weight in self._weights]
 
+    def _are_held(self) -> bool:
+        """Whether an earlier computation holds a weight, not only until Python frees what refers to itself."""
+        if any(map(is_held, self._weights)):
+            gc.collect()
+        return any(map(is_held, self._weights))
+
     def _begins(self, known: _Known) -> bool:
         recorded = sum(each.replay is not None for each in self._known.values())
         return known.seen > SEEN and recorded < MOST
@@ -143,7 +150,7 @@ class RecordedParts:
         try:
             if any(gradient is None for gradient in usual):
                 raise RuntimeError("a part does not reach all weights")
-            if known.replay is None and any(map(is_held, self._weights)):
+            if known.replay is None and self._are_held():
                 raise RuntimeError("an earlier computation holds a weight")
             if known.replay is None:
                 self._record(known, part, compute, context)

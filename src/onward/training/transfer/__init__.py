@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from onward.training.transfer.fetching import fetch_later, in_main_memory
+from onward.training.transfer.fetching import beside_training, fetch_later, in_main_memory
 from onward.training.transfer.layout import Sizes
 from onward.training.transfer.marks import Marks, equal_marks, mark
 from onward.training.transfer.overlapped import Overlapped
 from onward.training.transfer.ways import Copied, InPlace, Transfer, Wait, at_once
 
 __all__ = [
-    "Copied", "InPlace", "Marks", "Overlapped", "Sizes", "Transfer", "Wait", "at_once", "equal_marks",
-    "fetch_later", "in_main_memory", "mark", "transfer_of",
+    "Copied", "InPlace", "Marks", "Overlapped", "Sizes", "Transfer", "Wait", "at_once", "beside_training",
+    "equal_marks", "fetch_later", "in_main_memory", "mark", "transfer_of",
 ]  # fmt: skip
 
 

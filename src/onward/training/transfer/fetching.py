@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from functools import cache
+from typing import Any
 
 import torch
 
@@ -31,6 +34,30 @@ def fetch_later(tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tens
         return pinned
 
     return read
+
+
+@contextlib.contextmanager
+def beside_training(device: torch.device, cuda: Any = torch.cuda) -> Generator[None]:
+    """Read what training never changes, such as frozen weights, from a GPU in the body, beside the steps.
+
+    Without it, any thread's copies go through the stream that computes the steps, which would wait for them.
+
+    Args:
+        cuda: `torch.cuda`, or a substitute for it.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    side = _side_of(device, cuda)
+    side.wait_stream(cuda.current_stream(device))
+    with cuda.stream(side):
+        yield
+
+
+@cache
+def _side_of(device: torch.device, cuda: Any) -> Any:
+    """Return a stream that is no recording's: PyTorch hands out the same few again, apart for each priority."""
+    return cuda.Stream(device, priority=-1)
 
 
 def in_main_memory(tensors: Iterable[Named], home: str = "cpu") -> Iterator[Named]:

@@ -21,6 +21,9 @@ from transformers import (
 
 from onward.errors import UsageError
 
+COLD = 1e-30
+"""Temperatures below are 0: the largest of float32 scores divided by them would not be finite."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -58,9 +61,9 @@ class Sampling:
     def processors(self, device: torch.device) -> LogitsProcessorList:
         """Return the processors that turn a model's scores into ones whose largest is the next token."""
         made = LogitsProcessorList()
-        if self.temperature == 0.0:
+        if self.temperature < COLD:
             return made
-        made.append(TemperatureLogitsWarper(self.temperature))
+        made.append(TemperatureLogitsWarper(float(self.temperature)))  # it refuses whole numbers, as JSON has them
         if self.top_k:
             made.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1.0:

@@ -108,7 +108,7 @@ class Chat:
                 elif text:
                     self._refresh()
                     self._answer(text)
-            except UsageError as error:
+            except OnwardError as error:  # also what the model fails at: what was said before can still be saved
                 say(f"onward: {error}")
 
     def _introduce(self) -> None:
@@ -120,6 +120,7 @@ class Chat:
     def _answer(self, text: str) -> None:
         self._yield_to_training()
         sampling = self._sampling()
+        outcomes: list[Outcome] = []
         for column in self._columns:
             if len(self._columns) > 1:
                 say(f"{printable(column.engine.loaded.label)}:")
@@ -135,6 +136,8 @@ class Chat:
             show_text("\n")
             if outcome.finish != "stop":
                 say(f"({'cancelled' if outcome.finish == 'cancelled' else f'cut at {outcome.tokens} tokens'})")
+            outcomes.append(outcome)
+        for column, outcome in zip(self._columns, outcomes, strict=True):  # all of them, or none: they stay comparable
             column.keep(text, outcome)
 
     def _sampling(self) -> Sampling:

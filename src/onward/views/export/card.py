@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import yaml
 
+from onward.config import stored_config
 from onward.config.text import read_config
 from onward.curve import COLUMNS, read_curve
 from onward.errors import OnwardError
@@ -68,7 +69,9 @@ def write_card(
         for entry in read_history(layout)
         if entry["position"] and entry["last_step"] and (last is None or entry["first_step"] <= last)
     ]
-    picture = curve(_steps(layout, last), [entry["last_step"] for entry in history])
+    steps = _steps(layout, last)
+    history = [_up_to(entry, steps) for entry in history]
+    picture = curve(steps, [entry["last_step"] for entry in history])
     if picture:
         (folder / CURVE).write_text(picture, encoding="utf-8")
     parts = [
@@ -84,9 +87,27 @@ def write_card(
         f"## Loss\n\n![loss over all steps]({CURVE})" if picture else "",
         _results(layout, history),
         f"## Proof\n\n{proof}",
-        f"## Config\n\n```yaml\n{_config(layout)}```",
+        f"## Config\n\n```yaml\n{_config(layout, point)}```",
     ]  # fmt: skip
     (folder / CARD).write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+
+
+def copy_card(published: Path, folder: Path, facts: Mapping[str, str]) -> bool:
+    """Write the card that a release was published with, as it was edited since; return False if it has none.
+
+    The ledger would tell of the run as it is now, which the release does not contain.
+
+    Args:
+        published: the release's files.
+        facts: what the card says of these files in addition, as for `write_card`.
+    """
+    if not (published / CARD).is_file():
+        return False
+    text = (published / CARD).read_bytes().rstrip()
+    (folder / CARD).write_bytes(text + f"\n\n## Files\n\n{_table(('', ''), list(facts.items()))}\n".encode())
+    if (published / CURVE).is_file():
+        (folder / CURVE).write_bytes((published / CURVE).read_bytes())
+    return True
 
 
 def _front(base: BaseFacts) -> str:
@@ -102,6 +123,12 @@ def _steps(layout: RunLayout, last: int | None) -> list[tuple[int, float]]:
     step, loss = COLUMNS.index("step"), COLUMNS.index("loss")
     with Ledger(layout.ledger, read_only=True) as ledger:
         return [(int(row[step]), float(row[loss])) for row in read_curve(ledger, last=last)]
+
+
+def _up_to(entry: dict[str, Any], steps: Sequence[tuple[int, float]]) -> dict[str, Any]:
+    """Return a file's entry as of the last of some steps: a process may have trained on since the state."""
+    step, loss = steps[-1]
+    return entry if entry["last_step"] <= step else {**entry, "last_step": step, "last_loss": loss}
 
 
 def _origin(point: Point) -> list[tuple[str, str]]:
@@ -186,9 +213,10 @@ def proof_of(checks: Mapping[str, bool]) -> str:
     return f"`onward verify` when this was written: {verdict} ({', '.join(checks)})."
 
 
-def _config(layout: RunLayout) -> str:
-    """Return the config as YAML, without what is about this machine: files are named by their last part."""
-    values = read_config(layout.config).recorded()
+def _config(layout: RunLayout, point: Point) -> str:
+    """Return the config of a state as YAML, without what is about this machine: files are named by their last part."""
+    config = read_config(layout.config) if point.manifest is None else stored_config(point.manifest.config)
+    values = config.recorded()
     values["evaluation"]["files"] = [Path(name).name for name in values["evaluation"]["files"]]
     return yaml.safe_dump({key: value for key, value in values.items() if key not in _LEFT_OUT}, sort_keys=False)
 

@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from onward.atomic import TEMPORARY_PREFIX, fsync_directory, fsync_file, publish_directory, remove_tree, system_errors
+from onward.atomic import (
+    TEMPORARY_PREFIX,
+    discard_tree,
+    fsync_directory,
+    fsync_file,
+    publish_directory,
+    remove_tree,
+    system_errors,
+)
 from onward.config.text import read_config
 from onward.errors import NoSpace, OnwardError, UsageError, cannot_write
 from onward.layout import RunLayout, entries
@@ -29,7 +37,7 @@ from onward.training.model.base import (
     is_own_base,
 )
 from onward.views.export import gguf
-from onward.views.export.card import BaseFacts, base_facts, verify_now, write_card
+from onward.views.export.card import BaseFacts, base_facts, copy_card, verify_now, write_card
 from onward.views.export.merged import write_merged
 from onward.views.export.ollama import modelfile
 from onward.views.loaded import base_of_point, has_adapter, tokenizer_of
@@ -162,12 +170,18 @@ class _Writing:
             result = self._write_gguf(converters)
             facts["Weights"] = self._wanted.kind
         if "difference" in result:
-            facts["Largest difference of logits"] = f"{result['difference']:.3g} from base and adapter, in float32"
+            written = f"; as written in {result['dtype']}, {result['written_difference']:.3g}" if not converters else ""
+            said = f"{result['difference']:.3g} from base and adapter, in float32{written}"
+            facts["Largest difference of logits"] = said
         if not self._wanted.is_file:
-            write_card(self._layout, self._point, self._facts, self._folder, facts, verify_now(self._layout))
+            self._write_card(facts)
         base = {"name": self._facts.name, "digest": self._facts.digest, "licence": self._facts.licence}
         sizes = {path.name: path.stat().st_size for path in entries(self._folder) if path.is_file()}
         return {"base": base, "files": sizes, **result}
+
+    def _write_card(self, facts: dict[str, str]) -> None:
+        if self._point.release is None or not copy_card(self._point.folder, self._folder, facts):
+            write_card(self._layout, self._point, self._facts, self._folder, facts, verify_now(self._layout))
 
     def _dtype(self) -> torch.dtype:
         if self._wanted.dtype is not None:
@@ -225,6 +239,7 @@ class _Writing:
         if self._wanted.format == "ollama":
             (self._folder / MODELFILE).write_text(modelfile(self._tokenizer, name), encoding="utf-8")
             self._report(f"next: ollama create NAME -f {quoted(self._wanted.target / MODELFILE)}")
+        del result["written_difference"]  # of what was converted, not of what is left
         return {**result, "dtype": self._wanted.kind}
 
     def _write_gguf_adapter(self, converters: Path, said: dict[str, str]) -> None:
@@ -273,5 +288,5 @@ def _published(wanted: Wanted) -> Generator[Path]:
         raise cannot_write(error, error.filename or wanted.target) from None
     finally:
         if temporary is not None and lock is not None:
-            remove_tree(temporary)
+            discard_tree(temporary)
             os.close(lock)

@@ -16,7 +16,7 @@ from onward.config.text import read_config
 from onward.curve import as_columns, read_curve
 from onward.errors import OnwardError
 from onward.layout import RunLayout, entries, step_of
-from onward.service.intake.inbox import IGNORED, PRIORITIES
+from onward.service.intake.inbox import FOLDERS, IGNORED
 from onward.service.intake.names import REPORT
 from onward.service.knowledge.table import read_newest
 from onward.status import read_grid, read_history, read_status
@@ -122,7 +122,7 @@ class RunReader:
     def inbox(self) -> list[dict[str, Any]]:
         """Return the files in the inbox, with those still being written marked as such."""
         found: list[dict[str, Any]] = []
-        for below in ("", *PRIORITIES):
+        for below in (folder.rstrip("/") for folder in FOLDERS):
             with (
                 contextlib.suppress(FileNotFoundError, NotADirectoryError),
                 os.scandir(self.layout.inbox / below) as all_,

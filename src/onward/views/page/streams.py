@@ -116,7 +116,7 @@ class Watcher:
         seen = Seen()
         with contextlib.suppress(OnwardError, sqlite3.Error, OSError):
             ledger = self._opened()
-            seen.newest = next(reversed(ledger.spans(ledger.last_position() - 1)), None)
+            seen.newest = next(reversed(ledger.spans(ledger.last_done() - 1)), None)
             seen.files, seen.around = ledger.files_mark(), self._around(ledger)
         return seen
 

@@ -21,10 +21,14 @@ RETRIES = 10
 
 RUN = """\
 set -e
-# The volume is filled by the first start; later ones use what is there.
+# The volume is filled by the first start; later ones use what is there. The ledger, which makes it a run, gets its name
+# last: the machine may be taken away meanwhile.
 if [ ! -e {run}/ledger.sqlite3 ]; then
   mkdir -p {run}
+  [ ! -e {seed}/ledger.sqlite3 ] || mv {seed}/ledger.sqlite3 {seed}/ledger.filling
   cp -a {seed}/. {run}/
+  sync
+  mv {run}/ledger.filling {run}/ledger.sqlite3
 fi
 exec {command}
 """

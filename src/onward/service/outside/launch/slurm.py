@@ -68,6 +68,20 @@ for index in "${{!nodes[@]}}"; do
 done
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 """
+NODE = """\
+# A notice would end torchrun, and SIGTERM gives its ranks 30 s: they get both themselves, and it ends with them.
+trap "" USR1
+{command} &
+agent=$!
+pass() {{ pkill "-$1" -P "$agent" || kill "$agent"; }}
+trap "pass USR1" USR1
+trap "pass TERM" TERM
+while :; do
+  wait "$agent"
+  status=$?
+  kill -s 0 "$agent" 2>/dev/null || exit "$status"
+done
+"""
 HOSTS = '$(scontrol show hostnames "$SLURM_JOB_NODELIST")'
 ALIVE = "trap : TERM  # of scancel, preemption and requeue, which the run gets too: wait for its commit\n"
 
@@ -111,5 +125,5 @@ def _words(job: Job) -> str:
     agent = [job.host.python, "-P", "-m", "torch.distributed.run", f"--nnodes={job.nodes}"]
     agent += [f"--nproc-per-node={job.devices.most}", f"--master-addr={_node(job)}"]
     run = ["-m", "--", "onward", "watch", "--run", str(job.run), "--once"]  # torchrun has options that begin with --run
-    inner = f"exec {shlex.join(agent)} --master-port=$MASTER_PORT --node-rank={rank} {shlex.join(run)}"
-    return f"bash -c {shlex.quote(inner)}"
+    command = f"{shlex.join(agent)} --master-port=$MASTER_PORT --node-rank={rank} {shlex.join(run)}"
+    return f"bash -c {shlex.quote(NODE.format(command=command))}"

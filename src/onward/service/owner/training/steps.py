@@ -86,11 +86,11 @@ def record_of(file_id: int, result: StepTaken) -> StepRecord:
     return StepRecord(file_id, **values)
 
 
-def log_entry(result: StepTaken) -> dict[str, Any]:
-    """Return the entry for a step in `trainer_state.json`."""
+def log_entry(result: StepTaken, epochs: int) -> dict[str, Any]:
+    """Return the entry for a step in `trainer_state.json`; a Trainer counts the epochs done, with their fraction."""
     return {
         "step": result.step,
-        "epoch": result.epoch,
+        "epoch": result.step_in_file * epochs / result.steps_in_file,
         "loss": result.loss,
         "learning_rate": result.learning_rate,
         "grad_norm": result.grad_norm,

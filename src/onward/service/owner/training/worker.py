@@ -211,7 +211,7 @@ class Worker:
         for result in watched(steps, self.around.heartbeat, is_crowded):
             metrics.append(record_of(file_id, result), result.replayed)
             if result.step % self.around.settings.current.log_steps == 0 or state.cursor.at_boundary:
-                self._committed.log.append(log_entry(result))
+                self._committed.log.append(log_entry(result, self.config.epochs))
             yield result
             yield from self._collect(wait=False)
             yield from self._guard.after_step(file, result, state)

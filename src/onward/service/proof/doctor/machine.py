@@ -13,13 +13,13 @@ import torch
 from onward.atomic import can_be_written
 from onward.config import Config
 from onward.config.text import read_config
-from onward.errors import OnwardError
+from onward.errors import ConfigError, OnwardError
 from onward.layout import RunLayout
 from onward.service.proof.doctor.finding import Finding
 from onward.service.proof.memory import memory_in_words
 from onward.store.disks import mount_of, refusal, require_locks, way_out
 from onward.training.device.control_groups import read_processors
-from onward.training.device.environment import pick_device
+from onward.training.device.environment import pick_device, require_whole_teams
 from onward.training.device.errors import LESS_MEMORY
 
 LITTLE_DISK = 2 << 30
@@ -44,7 +44,12 @@ def check_device() -> Iterator[Finding]:
 
 
 def check_threads() -> Iterator[Finding]:
-    """Warn where a control group gives fewer processors than PyTorch has threads, which then wait for each other."""
+    """Check that PyTorch gets its threads, and warn where a control group lets them wait for each other."""
+    try:
+        require_whole_teams(pick_device())
+    except ConfigError as error:
+        yield Finding("error", "threads", error.what, error.hint)
+        return
     threads, processors = torch.get_num_threads(), read_processors()
     if pick_device().type != "cpu" or processors is None or threads <= math.ceil(processors):
         return
@@ -89,7 +94,7 @@ def check_disk(layout: RunLayout) -> Iterator[Finding]:
     free = shutil.disk_usage(layout.root).free
     needed = _size_of_newest(layout)
     config = _config_or_defaults(layout)
-    kept = (config.keep_boundaries + 1) * needed
+    kept = (config.keep_boundaries + 1 + config.keep_days) * needed
     message = (
         f"{free / 1e9:.1f} GB free; a checkpoint takes {needed / 1e6:.0f} MB, restore points up to {kept / 1e6:.0f} MB"
     )
@@ -99,7 +104,7 @@ def check_disk(layout: RunLayout) -> Iterator[Finding]:
     elif not can_be_written(layout.root, needed):
         level, hint = "error", "Free some of your quota, which allows less: training pauses until there is room"
     elif free <= max(kept, LITTLE_DISK):
-        level, hint = "warning", "Free some space, or lower keep_boundaries"
+        level, hint = "warning", "Free some space, or lower keep_boundaries or keep_days"
     yield Finding(level, "disk", message, hint)
     yield from _inodes(layout)
 

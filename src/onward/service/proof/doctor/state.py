@@ -63,8 +63,8 @@ def _checkpoint(folder: Path, place: str, ledger: Ledger) -> Finding:
         hint = f"Restore the ledger that it belongs to, or: onward adopt {quoted(folder)} --run NEW_RUN"
         return Finding("error", place, f"belongs to another run than the ledger, which is at step {step}", hint)
     if moment.is_of_another_moment(ledger, folder):
-        what = f"the ledger, which is at step {step}, knows nothing of it: they are not from the same moment"
-        return Finding("error", place, what, moment.way_out(folder))
+        what = f"the ledger, which is at step {step}, knows nothing of this state: they are not from the same moment"
+        return Finding("error", place, what, moment.way_out(ledger, folder))
     if manifest.step != step_of(folder):
         what = f"a copy of step {manifest.step}, not made by this run under this name, and left alone"
         return Finding("warning", place, what, "Move it out of the run")
