@@ -190,6 +190,7 @@ def test_what_stands_in_a_directory_is_not_made_over(run: Path, model: Path, tmp
     for path in copy.glob("ledger.sqlite3*"):
         path.unlink()
     assert_refused(onward("init", copy), 2, "a model without its ledger", "onward adopt", f"{copy}/current_model")
+    assert_refused(onward("init", model, "--model", "x"), 2, "the directory of a model", f"--model {model} makes it")
     written = tmp_path / "new" / "onward.yaml"
     written.parent.mkdir()
     written.write_text(f"model: {model}\nbatch_size: 3\nlora: {{use_dora: true}}\n")

@@ -53,7 +53,7 @@ class OnwardError(Exception):
         return f"{printable_lines(self.what)}{place}{remedy}"
 
     def to_dict(self) -> dict[str, str | int | None]:
-        """Return the error as plain values, as `--json` prints it."""
+        """Return the error as plain values, as the page answers with it."""
         return {"error": self.what, "where": self.where, "hint": self.hint, "exit_status": self.exit_status}
 
 

@@ -198,15 +198,18 @@ class Run(Owning):
         with open_ledger(self.layout, wishes.waiting) as ledger:
             check_arrived(self.layout, ledger, wishes.check)
 
-    def skip(self, file: str | None = None, *, reason: str | None = None, patience: float = 60.0) -> str:
+    def skip(self, file: str | int | None = None, *, reason: str | None = None, patience: float = 60.0) -> str:
         """Take the current file, or one that waits, out of the stream; the run is as if it had never begun it.
+
+        Args:
+            file: its name, position or hash prefix; None for the current one.
 
         Raises:
             UsageError: no such file waits, or no file is being trained.
         """
         reason = None if reason is None else storable(reason)
         with self._ledger_to_change() as ledger:
-            row = client.find_removable(self.layout, ledger, file)
+            row = client.find_removable(self.layout, ledger, None if file is None else str(file))
             answer = client.ask_owner(self.layout, ledger, patience, Wish("skip", reason, row.id))
             if answer is not None:
                 return answer
@@ -260,9 +263,10 @@ class Run(Owning):
             return rollback(self.layout, ledger, str(to), requeue=requeue)
 
     def rebuild(
-        self, without: str, *, observe: Observe = silent, stop: Wishes | None = None, report: Report = silent
+        self, without: str | int, *, observe: Observe = silent, stop: Wishes | None = None, report: Report = silent
     ) -> dict[str, Any]:
-        """Make the run as if it had never seen a file: go back to before it and train the later ones again.
+        """Make the run as if it had never seen a file (name, position or hash prefix): go back to before it and train
+        the later ones again.
 
         If it is stopped or killed, `train` or `watch` continues it.
 
@@ -272,7 +276,7 @@ class Run(Owning):
         from onward.service.state.rollback import leave_out
 
         with self._owned() as ledger:
-            left_out = leave_out(self.layout, ledger, without)
+            left_out = leave_out(self.layout, ledger, str(without))
         self.train(observe=observe, stop=stop, report=report)
         return left_out | {"global_step": self.status()["global_step"]}
 

@@ -447,7 +447,7 @@ def test_the_trainers_output_directory_is_not_written_over(checkpoint: Callable[
     """A directory with a model's config.json is refused as a run; the model stays readable."""
     output = checkpoint("full").parent
     shutil.copyfile(output / f"checkpoint-{STEPS}/config.json", output / "config.json")
-    with pytest.raises(UsageError, match="there is already a config in this directory"):
+    with pytest.raises(UsageError, match="this is the directory of a model"):
         Run.adopt(output / f"checkpoint-{STEPS}", output)
     assert "llama" == json.loads((output / "config.json").read_text())["model_type"]
     assert {f"checkpoint-{STEPS}", "config.json"} == {path.name for path in output.iterdir()}

@@ -100,7 +100,7 @@ def quarantine(run: Run, name: str) -> None:
         (partial(quarantine, name="c.jsonl"), "abd"),
         (partial(quarantine, name="b.jsonl"), "acd"),
         (lambda run: run.rebuild("b.jsonl"), "acd"),
-        (lambda run: run.rebuild("c.jsonl"), "abd"),
+        (lambda run: run.rebuild(3), "abd"),
         (lambda run: run.rebuild("a.jsonl"), "bcd"),
         (lambda run: run.rollback("a.jsonl"), "ad"),
         (lambda run: run.rollback("a.jsonl", requeue=True), "abcd"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import sys
 import tempfile
@@ -200,8 +201,21 @@ def refuse_occupied(layout: RunLayout) -> None:
         raise UsageError("this directory has a model without its ledger", where=layout.root.absolute(), hint=hint)
     if layout.root.exists() and not layout.root.is_dir():
         raise UsageError("this is a file, not a directory", where=layout.root.absolute())
+    if _is_of_model(layout.config):
+        hint = f"Name another directory for the run; --model {quoted(layout.root)} makes it from this model."
+        raise UsageError("this is the directory of a model", where=layout.root.absolute(), hint=hint)
     require_local(layout)
     _require_locks(layout.root.absolute())
+
+
+def _is_of_model(config: Path) -> bool:
+    """Whether a config is that of a model in transformers' layout; a run's may have the same name."""
+    if config.suffix != ".json":
+        return False
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        values = json.loads(config.read_bytes())
+        return isinstance(values, dict) and ("model_type" in values or "architectures" in values)
+    return False
 
 
 def _require_locks(folder: Path) -> None:
