@@ -13,10 +13,14 @@ import tiny
 from runs import new_run
 from users import with_mounts
 
+from onward.data.files.faults import FileError
+from onward.errors import ConfigError, OnwardError
 from onward.layout import RunLayout
 from onward.service.intake.arrivals import Arrivals
 from onward.service.intake.budget import Spending
+from onward.service.intake.checking import Intake
 from onward.service.intake.inbox import STUCK, Inbox
+from onward.service.intake.rules import RowRules
 from onward.service.state.retention import DAY, Retention
 from onward.store.ledger import Ledger, make_ledger
 
@@ -205,6 +209,33 @@ def test_what_is_no_training_file_is_rejected(layout: RunLayout, tmp_path: Path)
     )
     assert (layout.rejected / "link.jsonl").is_symlink()
     assert '{"text": "a"}\n' == secret.read_text()
+
+
+def test_a_file_that_changes_while_it_is_copied_is_refused(layout: RunLayout, tmp_path: Path) -> None:
+    """Its writer is not done; nothing of it stays."""
+    path = write(tmp_path / "a.jsonl")
+    with Ledger(layout.ledger) as ledger, pytest.raises(FileError, match="changed while it was read"):
+        Arrivals(layout, ledger).copy(path, Spending(lambda: write(path, '{"text": "longer"}\n')))
+    assert [] == list(layout.archive.iterdir())
+
+
+def test_a_command_that_fails_takes_nothing_in(layout: RunLayout, tmp_path: Path) -> None:
+    """No file is blamed for a config that cannot be read, and nothing is kept or done again."""
+
+    def rules() -> RowRules:
+        raise ConfigError("there is no such key")
+
+    with Ledger(layout.ledger) as ledger:
+        intent = ledger.add_intent([tmp_path], again=False, priority=0)
+        intake, path = Intake(layout, ledger, rules=rules), write(tmp_path / "a.jsonl")
+        with pytest.raises(ConfigError):
+            intake.take([path], intent=intent)
+        (row,) = ledger.files("arriving", "rejected")
+        assert ("rejected", "the command was refused") == (row.state, row.note)
+        assert ([], 0) == (ledger.intents(), ledger.queued())
+        with pytest.raises(OnwardError, match="no longer arriving"):
+            intake.withdraw(row, "too late")
+    assert [] == [*layout.archive.iterdir(), *layout.rejected.iterdir()]
 
 
 def killed_before_the_move(layout: RunLayout, path: Path) -> None:
