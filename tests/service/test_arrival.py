@@ -23,6 +23,7 @@ from onward.service.intake.inbox import STUCK, Inbox
 from onward.service.intake.rules import RowRules
 from onward.service.state.retention import DAY, Retention
 from onward.store.ledger import Ledger, make_ledger
+from onward.store.rows import FileRow
 
 NOW = 1_700_000_000.0
 """A moment, in seconds since the epoch."""
@@ -92,6 +93,7 @@ def test_a_file_settles_by_standing_still(inbox: Inbox, clocks: Clocks) -> None:
     assert 1 == inbox.scan().unsettled
     clocks.tick(0.2)
     assert ["a.jsonl"] == taken(inbox)
+    assert 0 == inbox.scan().unsettled
 
 
 def test_a_file_that_is_open_for_writing_is_left(inbox: Inbox, clocks: Clocks) -> None:
@@ -115,7 +117,9 @@ def test_a_file_that_was_renamed_in_is_taken_at_once(inbox: Inbox) -> None:
     assert ["a.jsonl"] == taken(inbox)
 
 
-@pytest.mark.parametrize("name", [".a.jsonl", "a.jsonl.part", "a.jsonl.tmp", "a.jsonl~", "a.jsonl.crdownload"])
+@pytest.mark.parametrize(
+    "name", [".a.jsonl", *(f"a.jsonl{end}" for end in "~ .part .partial .tmp .temp .swp .crdownload .filepart".split())]
+)
 def test_what_is_not_done_is_ignored(inbox: Inbox, clocks: Clocks, name: str) -> None:
     """Names by which writers and editors mark unfinished files are ignored."""
     write(inbox.folder / name)
@@ -260,9 +264,10 @@ def clean(layout: RunLayout) -> list[tuple[str, str]]:
 
 
 def test_a_kill_before_the_move_is_finished_by_the_next_start(layout: RunLayout) -> None:
-    """What the ledger has and the archive has not is moved by the next start."""
+    """What the ledger has and the archive has not is moved by the next start, also if it was touched since."""
     path = write(layout.inbox / "a.jsonl")
     killed_before_the_move(layout, path)
+    os.utime(path, (1, 1))
     assert path.exists()
     assert [("a.jsonl", "arriving")] == clean(layout)
     assert (False, True) == (path.exists(), (layout.archive / "a.jsonl").exists())
@@ -279,6 +284,27 @@ def test_a_file_that_is_not_the_one_recorded_is_left(layout: RunLayout, change: 
     assert (there, False) == (path.exists(), (layout.archive / "a.jsonl").exists())
 
 
+def test_a_file_that_is_exchanged_at_the_last_moment_is_put_back(layout: RunLayout) -> None:
+    """It is not the one that was read: it is in the inbox again and settles anew, and the one recorded is dropped."""
+    path = write(layout.inbox / "a.jsonl")
+
+    class Exchanged(Arrivals):
+        def _is_as_recorded(self, row: FileRow, source: Path) -> bool:
+            found = super()._is_as_recorded(row, source)
+            source.unlink()
+            write(source, '{"text": "another"}\n')
+            return found
+
+    with Ledger(layout.ledger) as ledger:
+        arrivals = Exchanged(layout, ledger)
+        arrivals.announce([(path, 0)], "c")
+        assert [] == arrivals.bring_in(ledger.announced(), Spending())
+        assert ["it was exchanged while it was taken"] == [row.note for row in ledger.files("arriving", "rejected")]
+        (event,) = ledger.events()
+        assert ("rejected", "a.jsonl was exchanged while it was taken") == (event.kind, event.message)
+    assert ('{"text": "another"}\n', []) == (path.read_text(), list(layout.archive.iterdir()))
+
+
 def other_disk(layout: RunLayout) -> Path:
     """Return a folder on another file system than a run's."""
     for folder in (Path(tempfile.gettempdir()), Path("/dev/shm")):
@@ -288,7 +314,7 @@ def other_disk(layout: RunLayout) -> Path:
 
 
 def test_an_inbox_on_another_disk(layout: RunLayout) -> None:
-    """The file is copied, then removed; a kill in between makes no duplicate."""
+    """The file is copied, then removed; a kill in between makes no duplicate, and what took its name since stays."""
     folder = other_disk(layout) / f"onward-test-{os.getpid()}"
     folder.mkdir()
     try:
@@ -302,6 +328,12 @@ def test_an_inbox_on_another_disk(layout: RunLayout) -> None:
         write(layout.inbox / "b.jsonl", '{"text": "b"}\n')
         assert ["archive/b.jsonl"] == move_in(layout, layout.inbox / "b.jsonl")
         assert [] == list(folder.iterdir())
+        path = write(layout.inbox / "c.jsonl")
+        killed_before_the_move(layout, path)
+        shutil.copy(path, layout.archive)
+        write(path, '{"text": "another"}\n')
+        clean(layout)
+        assert ['{"text": "another"}\n'] == [path.read_text() for path in folder.iterdir()]
     finally:
         shutil.rmtree(folder)
 
