@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -118,7 +119,8 @@ def test_a_file_that_was_renamed_in_is_taken_at_once(inbox: Inbox) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [".a.jsonl", *(f"a.jsonl{end}" for end in "~ .part .partial .tmp .temp .swp .crdownload .filepart".split())]
+    "name",
+    [".a.jsonl", "a.part", "a.partial", "a.tmp", "a.temp", "a.jsonl~", "a.crdownload", "a.filepart", "a.jsonl.swp"],
 )
 def test_what_is_not_done_is_ignored(inbox: Inbox, clocks: Clocks, name: str) -> None:
     """Names by which writers and editors mark unfinished files are ignored."""
@@ -370,6 +372,18 @@ def test_an_inbox_that_is_a_mount_of_the_same_disk(layout: RunLayout, tmp_path: 
 
     assert [[["a.jsonl", "arriving"]], ["archive/b.jsonl"]] == with_mounts({layout.inbox: dropped}, take)
     assert [] == list(dropped.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("number", "name"), [(errno.ENOSPC, "a.jsonl"), (errno.EIO, "a.jsonl"), (errno.EACCES, "b.jsonl"), (errno.EPERM, "")]
+)
+def test_what_concerns_more_than_one_file_is_not_noted_of_it(layout: RunLayout, number: int, name: str) -> None:
+    """A disk that is full or fails, or another path that cannot be written, holds up every file."""
+    path = write(layout.inbox / "a.jsonl")
+    error = OSError(number, os.strerror(number), *([str(layout.inbox / name)] if name else []))
+    with Ledger(layout.ledger) as ledger, pytest.raises(OSError, match=os.strerror(number)):
+        Arrivals(layout, ledger)._leave(path, error)
+    assert [] == stuck(layout)
 
 
 @pytest.mark.parametrize("on_another_mount", [False, True])
