@@ -375,7 +375,8 @@ def test_an_inbox_that_is_a_mount_of_the_same_disk(layout: RunLayout, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("number", "name"), [(errno.ENOSPC, "a.jsonl"), (errno.EIO, "a.jsonl"), (errno.EACCES, "b.jsonl"), (errno.EPERM, "")]
+    ("number", "name"),
+    [(errno.ENOSPC, "a.jsonl"), (errno.EIO, "a.jsonl"), (errno.EACCES, "b.jsonl"), (errno.EPERM, "")],
 )
 def test_what_concerns_more_than_one_file_is_not_noted_of_it(layout: RunLayout, number: int, name: str) -> None:
     """A disk that is full or fails, or another path that cannot be written, holds up every file."""
