@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -15,6 +16,7 @@ import pytest
 
 from onward.atomic import (
     discard_tree,
+    fsync_directory,
     fsync_file,
     is_own_folder,
     link_or_copy,
@@ -140,6 +142,34 @@ def test_a_copy_is_on_the_disk_before_its_original_is_removed(
     monkeypatch.setattr(os, "link", _refused)
     link_or_copy(tmp_path / "b", folder / "c")
     assert ["fsync c of 3"] == order
+
+
+@pytest.mark.parametrize(
+    ("number", "is_told"),
+    [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True), (errno.ENOSPC, True), (errno.EACCES, True)],
+)
+def test_a_folder_that_cannot_be_forced_to_the_disk_is_told_of(
+    number: int, is_told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the file system, as some of a network, has no such call for folders."""
+
+    def fail(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=os.strerror(number)) if is_told else contextlib.nullcontext():
+        fsync_directory(tmp_path)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        replace_file(tmp_path / "a", b"x")
+
+
+def test_nothing_is_published_in_place_of_a_folder(tmp_path: Path) -> None:
+    """Not even of an empty one, which the system would let go."""
+    for name in ("new", "there"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(FileExistsError, match="there"):
+        publish_directory(tmp_path / "new", tmp_path / "there")
+    assert ["new", "there"] == sorted(path.name for path in tmp_path.iterdir())
 
 
 def test_only_what_an_interrupted_write_left_is_removed(tmp_path: Path) -> None:
