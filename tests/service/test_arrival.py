@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -13,12 +14,17 @@ import tiny
 from runs import new_run
 from users import with_mounts
 
+from onward.data.files.faults import FileError
+from onward.errors import ConfigError, OnwardError
 from onward.layout import RunLayout
 from onward.service.intake.arrivals import Arrivals
 from onward.service.intake.budget import Spending
+from onward.service.intake.checking import Intake
 from onward.service.intake.inbox import STUCK, Inbox
+from onward.service.intake.rules import RowRules
 from onward.service.state.retention import DAY, Retention
 from onward.store.ledger import Ledger, make_ledger
+from onward.store.rows import FileRow
 
 NOW = 1_700_000_000.0
 """A moment, in seconds since the epoch."""
@@ -88,6 +94,7 @@ def test_a_file_settles_by_standing_still(inbox: Inbox, clocks: Clocks) -> None:
     assert 1 == inbox.scan().unsettled
     clocks.tick(0.2)
     assert ["a.jsonl"] == taken(inbox)
+    assert 0 == inbox.scan().unsettled
 
 
 def test_a_file_that_is_open_for_writing_is_left(inbox: Inbox, clocks: Clocks) -> None:
@@ -111,7 +118,10 @@ def test_a_file_that_was_renamed_in_is_taken_at_once(inbox: Inbox) -> None:
     assert ["a.jsonl"] == taken(inbox)
 
 
-@pytest.mark.parametrize("name", [".a.jsonl", "a.jsonl.part", "a.jsonl.tmp", "a.jsonl~", "a.jsonl.crdownload"])
+@pytest.mark.parametrize(
+    "name",
+    [".a.jsonl", "a.part", "a.partial", "a.tmp", "a.temp", "a.jsonl~", "a.crdownload", "a.filepart", "a.jsonl.swp"],
+)
 def test_what_is_not_done_is_ignored(inbox: Inbox, clocks: Clocks, name: str) -> None:
     """Names by which writers and editors mark unfinished files are ignored."""
     write(inbox.folder / name)
@@ -207,6 +217,33 @@ def test_what_is_no_training_file_is_rejected(layout: RunLayout, tmp_path: Path)
     assert '{"text": "a"}\n' == secret.read_text()
 
 
+def test_a_file_that_changes_while_it_is_copied_is_refused(layout: RunLayout, tmp_path: Path) -> None:
+    """Its writer is not done; nothing of it stays."""
+    path = write(tmp_path / "a.jsonl")
+    with Ledger(layout.ledger) as ledger, pytest.raises(FileError, match="changed while it was read"):
+        Arrivals(layout, ledger).copy(path, Spending(lambda: write(path, '{"text": "longer"}\n')))
+    assert [] == list(layout.archive.iterdir())
+
+
+def test_a_command_that_fails_takes_nothing_in(layout: RunLayout, tmp_path: Path) -> None:
+    """No file is blamed for a config that cannot be read, and nothing is kept or done again."""
+
+    def rules() -> RowRules:
+        raise ConfigError("there is no such key")
+
+    with Ledger(layout.ledger) as ledger:
+        intent = ledger.add_intent([tmp_path], again=False, priority=0)
+        intake, path = Intake(layout, ledger, rules=rules), write(tmp_path / "a.jsonl")
+        with pytest.raises(ConfigError):
+            intake.take([path], intent=intent)
+        (row,) = ledger.files("arriving", "rejected")
+        assert ("rejected", "the command was refused") == (row.state, row.note)
+        assert ([], 0) == (ledger.intents(), ledger.queued())
+        with pytest.raises(OnwardError, match="no longer arriving"):
+            intake.withdraw(row, "too late")
+    assert [] == [*layout.archive.iterdir(), *layout.rejected.iterdir()]
+
+
 def killed_before_the_move(layout: RunLayout, path: Path) -> None:
     """Record a file of the inbox and die before it is moved."""
 
@@ -229,9 +266,10 @@ def clean(layout: RunLayout) -> list[tuple[str, str]]:
 
 
 def test_a_kill_before_the_move_is_finished_by_the_next_start(layout: RunLayout) -> None:
-    """What the ledger has and the archive has not is moved by the next start."""
+    """What the ledger has and the archive has not is moved by the next start, also if it was touched since."""
     path = write(layout.inbox / "a.jsonl")
     killed_before_the_move(layout, path)
+    os.utime(path, (1, 1))
     assert path.exists()
     assert [("a.jsonl", "arriving")] == clean(layout)
     assert (False, True) == (path.exists(), (layout.archive / "a.jsonl").exists())
@@ -248,6 +286,27 @@ def test_a_file_that_is_not_the_one_recorded_is_left(layout: RunLayout, change: 
     assert (there, False) == (path.exists(), (layout.archive / "a.jsonl").exists())
 
 
+def test_a_file_that_is_exchanged_at_the_last_moment_is_put_back(layout: RunLayout) -> None:
+    """It is not the one that was read: it is in the inbox again and settles anew, and the one recorded is dropped."""
+    path = write(layout.inbox / "a.jsonl")
+
+    class Exchanged(Arrivals):
+        def _is_as_recorded(self, row: FileRow, source: Path) -> bool:
+            found = super()._is_as_recorded(row, source)
+            source.unlink()
+            write(source, '{"text": "another"}\n')
+            return found
+
+    with Ledger(layout.ledger) as ledger:
+        arrivals = Exchanged(layout, ledger)
+        arrivals.announce([(path, 0)], "c")
+        assert [] == arrivals.bring_in(ledger.announced(), Spending())
+        assert ["it was exchanged while it was taken"] == [row.note for row in ledger.files("arriving", "rejected")]
+        (event,) = ledger.events()
+        assert ("rejected", "a.jsonl was exchanged while it was taken") == (event.kind, event.message)
+    assert ('{"text": "another"}\n', []) == (path.read_text(), list(layout.archive.iterdir()))
+
+
 def other_disk(layout: RunLayout) -> Path:
     """Return a folder on another file system than a run's."""
     for folder in (Path(tempfile.gettempdir()), Path("/dev/shm")):
@@ -257,7 +316,7 @@ def other_disk(layout: RunLayout) -> Path:
 
 
 def test_an_inbox_on_another_disk(layout: RunLayout) -> None:
-    """The file is copied, then removed; a kill in between makes no duplicate."""
+    """The file is copied, then removed; a kill in between makes no duplicate, and what took its name since stays."""
     folder = other_disk(layout) / f"onward-test-{os.getpid()}"
     folder.mkdir()
     try:
@@ -271,6 +330,12 @@ def test_an_inbox_on_another_disk(layout: RunLayout) -> None:
         write(layout.inbox / "b.jsonl", '{"text": "b"}\n')
         assert ["archive/b.jsonl"] == move_in(layout, layout.inbox / "b.jsonl")
         assert [] == list(folder.iterdir())
+        path = write(layout.inbox / "c.jsonl")
+        killed_before_the_move(layout, path)
+        shutil.copy(path, layout.archive)
+        write(path, '{"text": "another"}\n')
+        clean(layout)
+        assert ['{"text": "another"}\n'] == [path.read_text() for path in folder.iterdir()]
     finally:
         shutil.rmtree(folder)
 
@@ -307,6 +372,19 @@ def test_an_inbox_that_is_a_mount_of_the_same_disk(layout: RunLayout, tmp_path: 
 
     assert [[["a.jsonl", "arriving"]], ["archive/b.jsonl"]] == with_mounts({layout.inbox: dropped}, take)
     assert [] == list(dropped.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [(errno.ENOSPC, "a.jsonl"), (errno.EIO, "a.jsonl"), (errno.EACCES, "b.jsonl"), (errno.EPERM, "")],
+)
+def test_what_concerns_more_than_one_file_is_not_noted_of_it(layout: RunLayout, number: int, name: str) -> None:
+    """A disk that is full or fails, or another path that cannot be written, holds up every file."""
+    path = write(layout.inbox / "a.jsonl")
+    error = OSError(number, os.strerror(number), *([str(layout.inbox / name)] if name else []))
+    with Ledger(layout.ledger) as ledger, pytest.raises(OSError, match=os.strerror(number)):
+        Arrivals(layout, ledger)._leave(path, error)
+    assert [] == stuck(layout)
 
 
 @pytest.mark.parametrize("on_another_mount", [False, True])
