@@ -28,17 +28,18 @@ class Recorder:
 
     Args:
         fails: whether it records nothing and raises.
+        what: what it raises.
     """
 
-    def __init__(self, *, fails: bool = False) -> None:
+    def __init__(self, *, fails: bool = False, what: str = "operation not permitted when stream is capturing") -> None:
         self.recorded = self.replays = 0
-        self._fails = fails
+        self._fails, self._what = fails, what
 
     def __call__(self, compute: Callable[[], Any]) -> Callable[[], Any]:
         """Record."""
         self.recorded += 1
         if self._fails:
-            raise RuntimeError("operation not permitted when stream is capturing")
+            raise RuntimeError(self._what)
 
         def replay() -> Any:
             self.replays += 1
@@ -83,10 +84,11 @@ def test_a_run_that_replays_has_the_state_of_one_that_does_not(
     assert run.verify(deep=True).ok
 
 
+@pytest.mark.parametrize("another", ["driver", "onward"])
 def test_a_recording_that_goes_wrong_is_not_tried_by_the_next_process(
-    model: Path, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    another: str, model: Path, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file is trained nevertheless; an event says it. A machine with another driver tries again."""
+    """The file is trained nevertheless; an event says it. Another driver and another release of Onward try again."""
     let_attend_in_one_call(monkeypatch)
     run, failing = new_run(tmp_path / "run", model, batch_size=2), Recorder(fails=True)
     with recording(monkeypatch, failing):
@@ -95,10 +97,28 @@ def test_a_recording_that_goes_wrong_is_not_tried_by_the_next_process(
     assert 1 == failing.recorded
     with Ledger(run.layout.ledger) as ledger:
         assert ["info"] == [event.level for event in ledger.events(100) if "replayed" in event.message]
-        ledger.put(**{FACT: {"processor": "another"}})
+        ledger.put(**{FACT: {**ledger.get(FACT), another: "another"}})
     works = Recorder()
     with recording(monkeypatch, works):
         Run(run.layout.root).train(files[3])
+    assert 0 < works.replays
+
+
+def test_a_recording_that_lacks_memory_is_tried_by_the_next_process(
+    model: Path, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else may have used the GPU for a while; this process records nothing any more, and says why."""
+    let_attend_in_one_call(monkeypatch)
+    run, failing = new_run(tmp_path / "run", model, batch_size=2), Recorder(fails=True, what="CUDA out of memory.")
+    with recording(monkeypatch, failing):
+        run.train(*files[:2])
+    assert 1 == failing.recorded
+    with Ledger(run.layout.ledger) as ledger:
+        found = [event.message for event in ledger.events(100) if "replayed" in event.message]
+    assert ["steps are no longer replayed here: RuntimeError: CUDA out of memory."] == found
+    works = Recorder()
+    with recording(monkeypatch, works):
+        Run(run.layout.root).train(files[2])
     assert 0 < works.replays
 
 

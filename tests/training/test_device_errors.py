@@ -23,6 +23,7 @@ from onward.training.device.errors import (
     is_device_lost,
     is_of_the_device,
     is_out_of_memory,
+    tells_of_no_memory,
 )
 from onward.training.device.memory import Usage, gpu_is_crowded, read_total, read_usage
 from onward.training.layers.decoder_parts import form_of, is_gated
@@ -59,6 +60,13 @@ NEITHER = [
     ValueError("CUDA error"),
     ImportError("no such kernel"),
 ]
+
+
+def test_a_lack_of_memory_is_known_by_its_words() -> None:
+    """Where only the type and the message are left, as in what is kept of a recording that failed."""
+    kinds = (NO_MEMORY, [*LOST, *NEITHER])
+    told = [[tells_of_no_memory(f"{type(error).__name__}: {first_line(error)}") for error in kind] for kind in kinds]
+    assert [[True] * len(NO_MEMORY), [False] * len(kinds[1])] == told
 
 
 @pytest.mark.parametrize("error", NO_MEMORY, ids=str)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import small
 import torch
+from late_copies import Late
 from peft import LoraConfig, get_peft_model
 from rows import CPU, VOCABULARY, tiny_model
 from torch import nn
@@ -26,8 +27,9 @@ from onward.training.layers.cross_entropy import CHUNK_BYTES, LOGITS_BYTES
 from onward.training.layers.fused_lora import fuse_lora
 from onward.training.state import Cursor, TrainState
 from onward.training.steps.economy import Learned
-from onward.training.steps.memory import Polynomial, Profile, crude_of, largest_part, part_tokens
+from onward.training.steps.memory import Polynomial, Profile, crude_of, largest_part, part_tokens, pinned
 from onward.training.trainer import Trainer
+from onward.training.transfer import Overlapped
 from onward.training.world import SingleProcess
 
 LENGTHS = (9, 31, 5, 24)
@@ -244,6 +246,20 @@ def test_the_copy_for_a_commit_is_counted_where_it_lies(method: str) -> None:
     assert profile.copied == sum(tensor.numel() * tensor.element_size() for tensor in large)
     on_cpu, on_gpu = (replace(profile, device=device).estimate([8]) for device in ("cpu", "cuda"))
     assert (profile.copied, 0) == (on_cpu.commit, on_gpu.commit)
+
+
+def test_a_copy_from_a_gpu_takes_what_pytorch_rounds_it_up_to() -> None:
+    """Each storage of pinned memory has a power of two bytes; the copy has one for each large weight, and two more."""
+    shapes = [(3000, 700), (50, 60), (1100, 1000), (70,)]
+    weights, moments = ([torch.zeros(*shape) for _ in range(copies) for shape in shapes] for copies in (1, 2))
+    memory = Overlapped(Late(), pins=False).copy(weights, moments).memory
+    assert memory is not None
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in memory.tensors}
+    sizes = [weight.nbytes for weight in weights]
+    taken = pinned(sizes, 2 * sum(sizes))
+    assert sum(1 << (size - 1).bit_length() for size in storages.values()) == taken
+    assert taken > 1.2 * 3 * sum(sizes)
+    assert 0 == pinned([], 0)
 
 
 def test_the_tokens_of_a_part_follow_from_memory() -> None:

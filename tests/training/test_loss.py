@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -130,3 +132,20 @@ def test_a_product_has_the_same_bits_wherever_it_lies() -> None:
         moved = torch.zeros(x.numel() + shift)[shift:].view_as(x).copy_(x)
         other = torch.zeros(weight.numel() + 3 * shift)[3 * shift :].view_as(weight).copy_(weight)
         assert torch.equal(times(moved, other), product)
+
+
+@pytest.mark.parametrize("keeps_logits", [True, False])
+@pytest.mark.parametrize("has_head", [True, False])
+def test_padded_rows_wait_for_no_device(has_head: bool, keeps_logits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even for the number of their targets: forward and backward run where tensors have sizes and no values."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # there is none for such tensors
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    meta, model = torch.device("meta"), tiny_model("llama", "eager")  # the mask of "sdpa" depends on its values
+    loss_of: Any = TargetLoss(model, CPU, torch.float32)
+    model.to(meta)
+    loss_of.device, loss_of._keeps_logits = meta, keeps_logits
+    loss_of.forget = lambda: None
+    if not has_head:
+        loss_of._head = None
+    loss_of(batch(9, 2, 17, 6)).backward()
+    assert all(weight.grad is not None for weight in model.parameters())

@@ -28,6 +28,8 @@ NOT_RECORDED: dict[str, Callable[[], object]] = {
     "where": lambda: VALUES.nonzero(),
     "a mask": lambda: VALUES[VALUES > 3],
     "a mask of bytes": lambda: VALUES[:, torch.tensor([1, 0, 1, 1], dtype=torch.uint8)],
+    "written by a mask": lambda: VALUES.clone().index_put_((VALUES > 3,), torch.ones(8)),
+    "written by a mask, anew": lambda: VALUES.index_put((VALUES > 3,), torch.ones(8), accumulate=True),
     "selected": lambda: torch.masked_select(VALUES, VALUES > 3),
     "different ones": lambda: VALUES.unique(),
     "repeated by numbers": lambda: torch.repeat_interleave(VALUES, torch.tensor([1, 2, 0]), 0),
@@ -40,6 +42,8 @@ NOT_RECORDED: dict[str, Callable[[], object]] = {
 RECORDED: dict[str, Callable[[], object]] = {
     "a product": lambda: VALUES @ VALUES.T,
     "indices": lambda: VALUES[torch.tensor([0, 2, 2])],
+    "written by indices": lambda: VALUES.clone().index_put_((torch.tensor([0, 2]),), torch.ones(4)),
+    "looked up": lambda: functional.embedding(torch.tensor([0, 2]), VALUES),
     "no dropout": lambda: functional.dropout(VALUES, 0.5, training=False),
     "attention": lambda: functional.scaled_dot_product_attention(HEADS, HEADS, HEADS, is_causal=True),
     "a mask to fill": lambda: VALUES.masked_fill(VALUES > 3, 0.0).where(VALUES < 9, VALUES),

@@ -45,6 +45,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
 
 
+def tells_of_no_memory(text: str) -> bool:
+    """Return whether the type and the message of an error, as text, say that memory ran out."""
+    return _NO_MEMORY.search(text) is not None or re.match(r"(\w+\.)*\w*MemoryError\b", text) is not None
+
+
 @contextlib.contextmanager
 def caused_by_no_row(doing: str) -> Generator[None]:
     """Raise a lack of memory in the body as the machine's: what the body needs depends on no row.

@@ -23,6 +23,8 @@ KNOWN = frozenset({"aten", "prims", "torch_attn"})
 """Namespaces of operations that do nothing on the host but launch kernels, unless their tags say otherwise."""
 DROPOUT = "dropout_p"
 """The argument of attention whose value 0 means that it draws no random numbers."""
+PLACES = "indices"
+"""The argument of operations that read or write elements by their places."""
 MASKS = (torch.bool, torch.uint8)
 """Types of an index that selects a number of elements that only the device knows."""
 FREE, KEPT = 0.25, 0.05
@@ -76,10 +78,9 @@ class Watch(TorchDispatchMode):
             return False
         if torch.Tag.dynamic_output_shape in tags and func.overloadpacket is not torch.ops.aten.index:
             return False
-        given = _tensors(arguments)
-        if func.overloadpacket is torch.ops.aten.index and any(each.dtype in MASKS for each in given[1:]):
+        if any(each.dtype in MASKS for each in _tensors(arguments.get(PLACES))):
             return False
-        return all(each.device.type == self._device.type for each in [*given, *_tensors(found)])
+        return all(each.device.type == self._device.type for each in [*_tensors(arguments), *_tensors(found)])
 
 
 def _by_name(func: Any, given: Any) -> dict[str, Any]:

@@ -262,7 +262,7 @@ class TargetLoss:
         assert self._head is not None
         forward, ids, padded = self._padded_inputs(batch)
         wanted = torch.from_numpy(padded.targets[:, 1:])
-        before = torch.nonzero(functional.pad(wanted, (0, 1)).reshape(-1)).squeeze(1).to(self.device)
+        before = to_device(torch.nonzero(functional.pad(wanted, (0, 1)).reshape(-1)).squeeze(1), self.device)
         hidden = self._head.hidden(forward)
         return hidden.flatten(0, 1).index_select(0, before), ids.reshape(-1)[before + 1], self._counts(padded)
 
@@ -276,10 +276,13 @@ class TargetLoss:
         """Return logits, labels and weights of targets from a model that computes its logits itself."""
         forward, ids, padded = self._padded_inputs(batch)
         wanted = torch.from_numpy(padded.targets[:, 1:])
-        columns = wanted.any(dim=0).nonzero().squeeze(1).to(self.device)
-        extra: dict[str, Any] = {"logits_to_keep": columns} if self._keeps_logits else {}
+        columns = wanted.any(dim=0).nonzero().squeeze(1)
+        rows, places = wanted[:, columns].nonzero(as_tuple=True)  # here, where it waits for no device
+        kept, row, place, label = (
+            to_device(each, self.device) for each in (columns, rows, places, columns[places] + 1)
+        )
+        extra: dict[str, Any] = {"logits_to_keep": kept} if self._keeps_logits else {}
         logits = forward(**extra).logits
         if not self._keeps_logits:
-            logits = logits[:, columns]
-        chosen = wanted.to(self.device)[:, columns]
-        return logits[chosen].float(), ids[:, columns + 1][chosen], self._counts(padded)
+            logits = logits[:, kept]
+        return logits[row, place].float(), ids[row, label], self._counts(padded)

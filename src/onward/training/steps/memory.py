@@ -27,6 +27,7 @@ from onward.training.layers.cross_entropy import CHUNK_BYTES, LOGITS_BYTES, TILE
 from onward.training.layers.recompute import Recomputation
 from onward.training.model.load import causal_lm
 from onward.training.optimizers import OptimizerMethod
+from onward.training.transfer import Sizes
 
 FACT = "memory"
 """The ledger's fact in which a run keeps what was measured of its model."""
@@ -77,6 +78,7 @@ class Profile:
         device: type of the device.
         kind: what is trained, as in `HOLES`.
         workspace: what a step of the optimizer takes while it runs.
+        pinned: the main memory that PyTorch takes for a copy from a GPU.
     """
 
     base: int
@@ -90,6 +92,7 @@ class Profile:
     device: str
     kind: str = "adapter"
     workspace: int = 0
+    pinned: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the profile as JSON values."""
@@ -143,7 +146,7 @@ class Profile:
     @property
     def copied(self) -> int:
         """The bytes of the copy that a commit writes in the background. It stays in main memory for the next one."""
-        return self.trained + self.moments
+        return self.pinned or self.trained + self.moments
 
 
 @dataclass(frozen=True)
@@ -214,7 +217,8 @@ def profile_of(
     recomputation = Recomputation(model)
     weights = {id(weight): weight.numel() * weight.element_size() for weight in model.parameters()}
     parameters = {name: weight for group in method.groups(model) for name, weight in group}
-    trained = sum(weights[id(weight)] for weight in parameters.values())
+    sizes = [weights[id(weight)] for weight in parameters.values()]
+    trained = sum(sizes)
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     embedding = int(causal_lm(model).get_input_embeddings().weight.shape[0])  # type: ignore[union-attr,arg-type]
     head = causal_lm(model).get_output_embeddings()
@@ -235,7 +239,19 @@ def profile_of(
         device=device,
         kind="4-bit" if is_quantized else "adapter" if isinstance(model, PeftModel) else "full",
         workspace=method.workspace(parameters) if device == "cpu" else 0,
+        pinned=pinned(sizes, method.bytes(parameters)) if device == "cuda" else 0,
     )
+
+
+def pinned(weights: Sequence[int], moments: int) -> int:
+    """Return the main memory for a copy from a GPU: PyTorch rounds each pinned storage up to a power of two.
+
+    Args:
+        weights: bytes of each trained weight; large ones have a storage each (`transfer/layout.py`).
+        moments: bytes of the optimizer's state, which has one.
+    """
+    large = [size for size in weights if size > Sizes().small]
+    return sum(1 << (size - 1).bit_length() for size in (*large, sum(weights) - sum(large), moments) if size)
 
 
 def _is_quantized(weight: nn.Parameter) -> bool:

@@ -8,7 +8,9 @@ from typing import Any
 from onward.events import StepTaken
 from onward.service.owner.crashes import DIED, Deaths
 from onward.store.ledger import Ledger
+from onward.training.device.errors import tells_of_no_memory
 from onward.training.steps.economy import Learned
+from onward.version import __version__
 
 FACT = "records_nothing"
 """The ledger's fact in which a run keeps the machine on which a recording went wrong."""
@@ -22,7 +24,8 @@ class Recordings:
     """Decides whether a process records steps and probes, and keeps what came of it.
 
     A recording that goes wrong may leave a process that cannot use its GPU any more. So the ledger has it before the
-    next step, and the process that continues the run does not try again. A process that dies of a recording cannot say
+    next step, and the process that continues the run does not try again, unless it is another release of Onward's. A
+    lack of memory may be over by then and does not count. A process that dies of a recording cannot say
     so; after two deaths in one place, the next process records nothing there.
 
     Args:
@@ -32,7 +35,7 @@ class Recordings:
 
     def __init__(self, ledger: Ledger, environment: Mapping[str, Any], file_id: int | None) -> None:
         self._ledger, self._file_id = ledger, file_id
-        self._machine = {key: environment.get(key) for key in MACHINE}
+        self._machine = {**{key: environment.get(key) for key in MACHINE}, "onward": __version__}
 
     def may_be_made(self) -> bool:
         """Return whether nothing speaks against recordings, as far as the ledger knows."""
@@ -45,9 +48,10 @@ class Recordings:
         return False
 
     def give_up(self, what: str, why: str, step: int | None) -> None:
-        """Keep that something cannot be replayed on this machine, and why."""
+        """Keep that something cannot be replayed on this machine, and why; of a lack of memory, only an event."""
         with self._ledger.transaction():
-            self._ledger.put(**{FACT: self._machine})
+            if not tells_of_no_memory(why):
+                self._ledger.put(**{FACT: self._machine})
             self._ledger.add_event("info", f"{what} no longer replayed here: {why}", step)
 
     def watched(self, steps: Iterator[StepTaken], learned: Learned) -> Iterator[StepTaken]:
