@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -21,6 +20,7 @@ from runs import new_run
 from users import NOBODY, OPEN, as_nobody, let_others_reach
 
 from onward import Run
+from onward.digest import sha256_json
 from onward.errors import DamagedState
 from onward.layout import MANIFEST, RunLayout, step_of
 from onward.service.holder import is_held
@@ -355,8 +355,9 @@ def test_a_run_of_before_verifies(layout: RunLayout) -> None:
         (folder / MANIFEST).write_text(sealed.model_dump_json())
     with Ledger(layout.ledger) as ledger:
         for row in ledger.files("done"):
-            text = json.dumps({**ledger.config_of(row), **before})
-            ledger.write("UPDATE configs SET config = ? WHERE fingerprint = ?", text, row.config)
+            config = {**ledger.config_of(row), **before}
+            ledger.keep_config(sha256_json(config), config)
+            ledger.write("UPDATE files SET config = ? WHERE id = ?", sha256_json(config), row.id)
     proof = Run(layout.root).verify(deep=True)
     assert [] == [(check.name, check.detail) for check in proof.checks if not check.ok]
 

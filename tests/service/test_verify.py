@@ -85,6 +85,10 @@ TAMPERING: dict[str, tuple[Callable[[Path], None], str]] = {
     "the base": (sql(ANOTHER_BASE), "base model"),
     "a counter": (sql(ANOTHER_STEP), "one checkpoint"),
     "a loss": (sql("UPDATE steps SET loss = loss + 1 WHERE step = (SELECT max(step) FROM steps)"), "replay"),
+    "an earlier loss": (sql("UPDATE steps SET loss = loss + 1 WHERE step = 6"), "step counters"),
+    "trained tokens": (sql("UPDATE steps SET target_tokens = 1 WHERE step = 2"), "step counters"),
+    "the order of files": (sql("UPDATE files SET position = 7 - 3 * position"), "step counters"),
+    "totals of steps": (sql("UPDATE step_ranges SET loss_max = 9 WHERE first = 1"), "step counters"),
     "a norm": (sql("UPDATE steps SET grad_norm = 0 WHERE step = (SELECT max(step) FROM steps)"), "replay"),
     "tokens": (change_tokens, "replay"),
 }  # fmt: skip

@@ -238,9 +238,10 @@ class Ledger(Files, Requests, Curve, Tracking):
             self.scalar(f"SELECT count(*) FROM events WHERE id > ? AND kind IN ({marks(wanted)})", after, *wanted)
         )
 
-    def steps(self, file_id: int) -> list[StepRecord]:
-        """Return the step records of a file."""
-        return self.records(StepRecord, "SELECT * FROM steps WHERE file_id = ? ORDER BY step", file_id)
+    def steps(self, file_id: int, first: int = 0) -> list[StepRecord]:
+        """Return the step records of a file, from a global step on."""
+        sql = "SELECT * FROM steps WHERE file_id = ? AND step >= ? ORDER BY step"
+        return self.records(StepRecord, sql, file_id, first)
 
     def replayed_rows(self, file_id: int) -> list[tuple[int, str, int]]:
         """Return the replayed rows of a file's steps in order: step, SHA-256 of the row's file, index in it."""
@@ -268,6 +269,16 @@ class Ledger(Files, Requests, Curve, Tracking):
                 up_to,
             )
         )
+
+    def count_trained_up_to(self, step: int) -> dict[str, int]:
+        """Return what the steps of files of the stream trained up to a global step, as a state counts it."""
+        sums = ("rows + s.replayed) AS rows", "tokens) AS tokens", "target_tokens) AS target_tokens")
+        (row,) = self.query(
+            f"SELECT {', '.join(f'total(s.{each}' for each in sums)} FROM steps s JOIN files f ON f.id = s.file_id"
+            " WHERE f.state IN ('training', 'done') AND s.step <= ?",
+            step,
+        )
+        return {key: int(value) for key, value in row.items()}
 
     # going back
 

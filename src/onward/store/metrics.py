@@ -34,6 +34,18 @@ KEEP = f"""
     ) r
 """
 
+WRONG = """
+    SELECT f.name, r.first
+    FROM step_ranges r JOIN files f ON f.id = r.file_id
+        LEFT JOIN steps s ON s.file_id = r.file_id AND s.step BETWEEN r.first AND r.last
+    GROUP BY r.file_id, r.first
+    HAVING r.steps != count(s.step) OR r.rows != sum(s.rows) OR r.replayed != sum(s.replayed)
+        OR r.tokens != sum(s.tokens) OR r.last != max(s.step)
+        OR r.loss_min != min(s.loss) OR r.loss_max != max(s.loss) OR abs(r.loss - sum(s.loss)) > 1e-9 * abs(r.loss)
+        OR r.grad_norm_min != min(s.grad_norm) OR r.grad_norm_max != max(s.grad_norm)
+        OR abs(r.grad_norm - sum(s.grad_norm)) > 1e-9 * r.grad_norm OR abs(r.seconds - sum(s.seconds)) > 1e-6
+"""
+
 
 class Metrics:
     """Appends step records to the ledger file, each with the time of writing.
@@ -100,6 +112,10 @@ class Ranges(Database):
             inside = "SELECT * FROM step_ranges WHERE file_id = ? AND first BETWEEN ? AND ?"
             rows = [row for piece in pieces for row in self.query(inside, *piece)]
         return {(row["file_id"], row["first"]): row for row in rows}
+
+    def wrong_ranges(self) -> list[Values]:
+        """Return file and first step of the ranges that are not what their steps give; sums may differ by rounding."""
+        return self.query(WRONG)
 
     @cached_property
     def has_ranges(self) -> bool:

@@ -12,7 +12,7 @@ from onward.config import Config, stored_config
 from onward.config.text import read_config
 from onward.data.plan.order import rows_digest
 from onward.data.plan.replay import StreamPlan, replayed_of
-from onward.digest import xxh3_file
+from onward.digest import sha256_json, xxh3_file
 from onward.errors import OnwardError, is_out_of_space, is_without_temporary
 from onward.layout import RunLayout, step_of
 from onward.service.intake.archive import require_original
@@ -170,7 +170,36 @@ def _counters(layout: RunLayout, ledger: Ledger, manifest: Manifest) -> str:
         "Adam": counted + counters["adam_origin"],
     }
     _require(set(values.values()) == {manifest.step}, f"the counters differ: {values}")
+    _require_stream(ledger, manifest)
+    _require_logged(ledger, json.loads((folder / huggingface.TRAINER_STATE).read_bytes())["log_history"])
     return f"{manifest.step} in {', '.join(values)}"
+
+
+def _require_stream(ledger: Ledger, manifest: Manifest) -> None:
+    """Check that the checkpoint is of the files that the ledger has, in their order, and of as many tokens."""
+    stream, cursor = "", manifest.cursor
+    files = [row for row in ledger.in_stream(after=0) if row.place <= cursor.position]
+    for row in files:
+        stream = sha256_json([stream, row.sha256])
+    _require(stream == cursor.stream, "the state is of other files than the ledger has, or of another order")
+    counted = ledger.count_trained_up_to(manifest.step)
+    stated = {key: manifest.state["counters"][key] for key in counted}
+    _require(counted == stated, f"the ledger's steps trained {counted}, the checkpoint says {stated}")
+    wrong = [f"{row['name']} from step {row['first']} on" for row in ledger.wrong_ranges()]
+    _require(not wrong, f"totals kept in the ledger are not those of its steps: {', '.join(wrong)}")
+
+
+def _require_logged(ledger: Ledger, logged: list[dict[str, Any]]) -> None:
+    """Check that the ledger says of the last steps what `trainer_state.json` says."""
+    by_step = {entry.get("step", 0): entry for entry in logged}
+    first = min(by_step, default=0)
+    for row in ledger.files("training", "done"):
+        for step in ledger.steps(row.id, first):
+            entry = by_step.get(step.step, {})
+            for key in ("loss", "grad_norm"):
+                here, there = getattr(step, key), entry.get(key, getattr(step, key))
+                problem = f"step {step.step} has {key} {here!r} in the ledger, {there!r} in trainer_state.json"
+                _require(here == there, problem)
 
 
 def _trained(ledger: Ledger) -> list[tuple[FileRow, Config, list[StepRecord]]]:
