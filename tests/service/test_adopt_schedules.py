@@ -59,7 +59,8 @@ def test_a_schedule_that_no_run_has_asks_how_to_go_on(model: Path, tmp_path: Pat
 def test_what_the_trainer_had_is_the_runs(model: Path, saved: Saved, tmp_path: Path) -> None:
     """Batch, accumulation, clipping, seed and schedule are taken, and the next learning rates are the Trainer's."""
     lines: list[str] = []
-    config = Run.adopt(saved.folder, tmp_path / "run", str(model), report=lines.append).config
+    run = Run.adopt(saved.folder, tmp_path / "run", str(model), settings=SETTINGS, report=lines.append)
+    config = run.config
     assert (8, 2, 1.0, 42) == (config.batch_size, config.gradient_accumulation, config.max_grad_norm, config.seed)
     assert ("linear", 2, HORIZON, 1) == (
         config.schedule, config.warmup_steps, config.total_steps, config.schedule_offset
@@ -67,3 +68,14 @@ def test_what_the_trainer_had_is_the_runs(model: Path, saved: Saved, tmp_path: P
     rate = torch.load(saved.folder / "scheduler.pt", weights_only=True)["_last_lr"][0]
     assert f"step {STEPS + 1}: {rate:.6g} (the Trainer's: {rate:.6g})" in lines[-1]
     assert any("(4 rows per device, 2 accumulated, 1 device)" in line for line in lines)
+    run.train(tiny.write_jsonl(tmp_path / "more.jsonl", tiny.chat_rows(12)))
+    following = HORIZON - STEPS - 2  # steps that a Trainer, which would resume now, has left in its schedule
+    (folder,) = run.layout.checkpoints()
+    for name, key in (("optimizer.pt", "lr"), ("scheduler.pt", "_last_lr")):
+        found = torch.load(folder / name, weights_only=True)
+        rates = [group[key] for group in found["param_groups"]] if key == "lr" else found[key]
+        assert [config.learning_rate * following / (HORIZON - 2)] * 2 == rates
+    again = Run(run.layout.root)
+    again.train(tiny.write_jsonl(tmp_path / "again.jsonl", tiny.chat_rows(8, seed=5)))
+    assert ["bitwise", "bitwise"] == [entry["handover"] for entry in again.history()]
+    assert again.verify().ok

@@ -21,11 +21,16 @@ def learning_rate(config: Config, step: int, step_in_file: int) -> float:
     """
     require_horizon(config, step)
     if config.schedule_offset:
-        return _lagging(config, max(0, step - config.schedule_offset), step_in_file)
+        return lagging_rate(config, step, step_in_file)
     peak, floor, warmup = config.learning_rate, config.min_learning_rate, config.warmup_steps
     warmed = step_in_file if config.boundary == "rewarm" else step
     factor = min(1.0, warmed / warmup) if warmup else 1.0
     return factor * max(floor, _unwarmed(config, step, peak, floor, warmup))
+
+
+def lagging_rate(config: Config, step: int, step_in_file: int) -> float:
+    """Return the learning rate of a step under a schedule that lags behind the step count, also beyond its horizon."""
+    return _lagging(config, max(0, step - config.schedule_offset), step_in_file)
 
 
 def _unwarmed(config: Config, step: int, peak: float, floor: float, warmup: int) -> float:

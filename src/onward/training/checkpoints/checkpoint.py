@@ -27,7 +27,6 @@ from onward.training.checkpoints import huggingface
 from onward.training.measuring.handover import GRADIENT, Measurement
 from onward.training.model.roundtrip import prove_roundtrip
 from onward.training.model.weights import save_weights
-from onward.training.optimizers import file_state
 from onward.training.state import Cursor, Snapshot
 from onward.training.transfer import beside_training
 
@@ -181,7 +180,7 @@ def _write_files(folder: Path, contents: Contents) -> None:
     """Write all files except the manifest."""
     state, config = contents.state, contents.config
     save_weights(contents.model, state.weights, folder)
-    huggingface.save(file_state(state.method, state.optimizer), folder / huggingface.OPTIMIZER)
+    huggingface.save(huggingface.optimizer_state(state, config), folder / huggingface.OPTIMIZER)
     if state.scale is not None:
         huggingface.save(state.scale.to_file(), folder / huggingface.SCALER)
     huggingface.save(huggingface.scheduler_state(state, config), folder / huggingface.SCHEDULER)

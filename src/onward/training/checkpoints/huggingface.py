@@ -17,6 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from onward.atomic import system_errors
 from onward.config import Config
 from onward.training.model.quiet import quiet
+from onward.training.optimizers import file_state
+from onward.training.schedule import lagging_rate
 from onward.training.seeds import fold
 from onward.training.state import Snapshot
 
@@ -59,6 +61,25 @@ def save(value: Any, path: Path) -> None:
         raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
+def resuming_rate(state: Snapshot, config: Config) -> float:
+    """Return the learning rate with which a Trainer that resumes takes its first step.
+
+    A Trainer's step has the rate of the position before it, which in a run is that of the last step. If the run's
+    schedule lags as a Trainer's does, because one began it, it is that of the next step.
+    """
+    if not config.schedule_offset:
+        return state.learning_rate
+    taken = 0 if state.cursor.at_boundary else state.cursor.step
+    return lagging_rate(config, state.step + 1, taken + 1)
+
+
+def optimizer_state(state: Snapshot, config: Config) -> dict[str, Any]:
+    """Return `optimizer.pt`: the moments, and groups with the learning rate with which a Trainer resumes."""
+    saved = file_state(state.method, state.optimizer)
+    rate = resuming_rate(state, config)
+    return {**saved, "param_groups": [{**group, "lr": rate} for group in saved["param_groups"]]}
+
+
 def scheduler_state(state: Snapshot, config: Config) -> dict[str, Any]:
     """Return the state of the `LambdaLR` that the Trainer would have at this step."""
     groups = len(state.optimizer["param_groups"])
@@ -68,7 +89,7 @@ def scheduler_state(state: Snapshot, config: Config) -> dict[str, Any]:
         "_step_count": state.step + 1,
         "_is_initial": False,
         "_get_lr_called_within_step": False,
-        "_last_lr": [state.learning_rate] * groups,
+        "_last_lr": [resuming_rate(state, config)] * groups,
         "lr_lambdas": [None] * groups,
     }
 

@@ -17,7 +17,7 @@ from onward.training.device.errors import is_of_the_device
 from onward.training.model.load import build_model
 from onward.training.model.spec import ModelSpec
 from onward.training.model.treatment import Treatment
-from onward.training.optimizers import Entry, saved_groups
+from onward.training.optimizers import Entry, saved_groups, set_learning_rate
 from onward.training.state import TrainState
 
 
@@ -68,6 +68,7 @@ def load_rest(
         raise DamagedState("the model's trained parameters are not those of the checkpoint", where=folder)
     load_moments(state, folder / huggingface.OPTIMIZER, shards)
     state.method.configure(state.optimizer, config)
+    set_learning_rate(state.optimizer, manifest.measurement["learning_rate"])  # the file's is for a Trainer
     state.load_plain(manifest.state)
 
 
