@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from runs import new_run
 from states import assert_same_state
 
 from onward import Run, StepTaken, Wishes
+from onward.library.torch_defaults import defaults_of_torch
 
 
 def set_key(run: Path, value: bool) -> None:
@@ -61,6 +63,7 @@ def test_a_replay_blames_no_steps_that_were_taken_elsewhere(model: Path, tmp_pat
     assert elsewhere.startswith(f"steps up to 1 were taken in another environment (handover close): {plain}")
 
 
+mkldnn: Any = torch.backends.mkldnn
 Settings = tuple[torch.dtype, str, bool, int]
 """The default type, the precision of products, whether flash attention is allowed, and the number of threads."""
 
@@ -68,13 +71,13 @@ Settings = tuple[torch.dtype, str, bool, int]
 def of_torch() -> Settings:
     """Return settings of this process."""
     flash = torch.backends.cuda.flash_sdp_enabled()
-    return torch.get_default_dtype(), torch.backends.mkldnn.matmul.fp32_precision, flash, torch.get_num_threads()
+    return torch.get_default_dtype(), mkldnn.matmul.fp32_precision, flash, torch.get_num_threads()
 
 
 def set_torch(settings: Settings) -> None:
     """Set them; the same number of threads is not set again, which changes how MKL uses them."""
     torch.set_default_dtype(settings[0])
-    torch.backends.mkldnn.matmul.fp32_precision = settings[1]
+    mkldnn.matmul.fp32_precision = settings[1]
     torch.backends.cuda.enable_flash_sdp(settings[2])
     if settings[3] != torch.get_num_threads():
         torch.set_num_threads(settings[3])
@@ -120,3 +123,28 @@ def test_bits_do_not_depend_on_what_the_caller_set_for_torch(
     assert not torch.is_autocast_enabled("cpu")
     assert_same_state(tmp_path / "plain", tmp_path / "set")
     assert {1} == depths
+
+
+def test_what_the_caller_set_is_left_until_the_last_thread_has_computed() -> None:
+    """Threads that train different runs begin and end in any order."""
+    inside, leave = threading.Event(), threading.Event()
+
+    def compute() -> None:
+        with defaults_of_torch():
+            inside.set()
+            leave.wait(60)
+
+    plain, thread = of_torch(), threading.Thread(target=compute)
+    theirs = (torch.float64, "bf16", False, plain[3])
+    set_torch(theirs)
+    try:
+        with defaults_of_torch():
+            thread.start()
+            assert inside.wait(60)
+        meanwhile = of_torch()
+        leave.set()
+        thread.join()
+        assert theirs == of_torch()
+    finally:
+        set_torch(plain)
+    assert (torch.float32, "ieee", True, plain[3]) == meanwhile
