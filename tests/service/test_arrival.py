@@ -432,7 +432,9 @@ def test_compressed_originals_still_train(model: Path, tmp_path: Path) -> None:
 
 
 def test_retention_keeps_the_newest_and_one_a_day() -> None:
-    """The newest and the last of each recent day are kept; a clock that was set back removes none of them."""
+    """The newest and the last of each recent day are kept, and the adopted one; a clock that was set back removes none
+    of them.
+    """
     created = {Path(f"step-{n}"): NOW - (9 - n) * DAY / 2 for n in range(10)}
 
     def kept(boundaries: int, days: int, now: float = NOW) -> list[int]:
@@ -443,4 +445,6 @@ def test_retention_keeps_the_newest_and_one_a_day() -> None:
     assert [7, 8, 9] == kept(1, 2)
     assert [3, 5, 7, 8, 9] == kept(1, 4)
     assert set(kept(1, 2)) <= set(kept(1, 2, NOW - DAY))
+    adopted = Retention(0, 0).superfluous(created, NOW, adopted=3)
+    assert [8, 7, 6, 5, 4, 2, 1, 0] == [int(point.name[5:]) for point in adopted]
     assert list(range(10)) == kept(9, 0)
