@@ -432,15 +432,21 @@ def test_compressed_originals_still_train(model: Path, tmp_path: Path) -> None:
 
 
 def test_retention_keeps_the_newest_and_one_a_day() -> None:
-    """The newest and the last of each recent day are kept; a clock that was set back removes none of them."""
-    created = {Path(f"step-{n}"): NOW - (9 - n) * DAY / 2 for n in range(10)}
+    """The newest and the last of each recent day are kept, and the adopted one; a clock that was set back removes none
+    of them.
+    """
+    created = {Path(f"step-{95 + n}"): NOW - (9 - n) * DAY / 2 for n in range(10)}
 
     def kept(boundaries: int, days: int, now: float = NOW) -> list[int]:
         gone = Retention(boundaries, days).superfluous(created, now)
-        return sorted(int(point.name[5:]) for point in created if point not in gone)
+        return sorted(int(point.name[5:]) - 95 for point in created if point not in gone)
 
     assert [8, 9] == kept(1, 0)
     assert [7, 8, 9] == kept(1, 2)
     assert [3, 5, 7, 8, 9] == kept(1, 4)
     assert set(kept(1, 2)) <= set(kept(1, 2, NOW - DAY))
+    adopted = Retention(0, 0).superfluous(created, NOW, adopted=98)
+    assert [103, 102, 101, 100, 99, 97, 96, 95] == [int(point.name[5:]) for point in adopted]
+    years = {Path(f"step-{n}"): NOW + n * 365 * DAY for n in range(2)}
+    assert [] == Retention(0, 400).superfluous(years, NOW + 365 * DAY)
     assert list(range(10)) == kept(9, 0)

@@ -147,6 +147,7 @@ def test_a_name_that_is_taken_gets_a_number(tmp_path: Path) -> None:
     (tmp_path / ".tmp-a-3.x.gz").touch()
     assert "a-5.x.gz" == unused_name(tmp_path, "a.x.gz", reserved={"a-4.x.gz"}).name
     (tmp_path / "a-5.x.gz.report.json").touch()
+    assert "a-5.x.gz" == unused_name(tmp_path, "a.x.gz", reserved={"a-4.x.gz"}).name
     assert "a-6.x.gz" == unused_name(tmp_path, "a.x.gz", reserved={"a-4.x.gz"}, with_report=True).name
     taken = {"b", *(f"b-{number}" for number in range(2, NUMBERED))}
     found = {unused_name(tmp_path, "b", reserved=taken).name for _ in range(2)}

@@ -10,7 +10,7 @@ from filelock import FileLock
 
 from onward import Run
 from onward.errors import OnwardError, RunLocked, UsageError
-from onward.service.holder import is_held, read_holder
+from onward.service.holder import SILENCE, beat_of, is_held, read_heartbeat, read_holder
 from onward.service.lock import RunLock
 from onward.store.ledger import Ledger
 
@@ -52,6 +52,31 @@ def test_a_name_that_cannot_be_removed_keeps_no_lock(tmp_path: Path) -> None:
     with RunLock(lock):
         assert is_held(lock)
     assert not is_held(lock)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"pid": "x", "host": "h", "started": 1}', '{"pid": 1, "host": "h", "started": null}']
+)
+def test_a_name_that_is_damaged_is_none(text: str, tmp_path: Path) -> None:
+    """The lock holds all the same; whoever is refused is told that the name is not known."""
+    lock = tmp_path / ".lock"
+    with RunLock(lock):
+        (tmp_path / ".lock.holder").write_text(text)
+        assert (None, True) == (read_holder(lock), is_held(lock))
+        with pytest.raises(RunLocked, match="its name is not recorded"), RunLock(lock, patience=0):
+            pass
+
+
+def test_a_heartbeat_says_something_of_the_process_that_gave_it() -> None:
+    """Not of one that took over, nor of one that got the number of a process before; without a name, it may be its."""
+    holder, fact = {"pid": 7, "host": "h", "started": 100.0}, {"pid": 7, "at": 100.0, "hangs": False, "quiet": 0.0}
+    assert (fact, fact, None) == (beat_of(holder, fact), beat_of(None, fact), beat_of(holder, None))
+    assert [None, None] == [beat_of(holder, fact | other) for other in ({"pid": 8}, {"at": 99.9})]
+    assert [(None, None), (0.0, None), (SILENCE, None)] == [
+        read_heartbeat(None, 9.0), read_heartbeat(fact, 99.0), read_heartbeat(fact, 100.0 + SILENCE)
+    ]  # fmt: skip
+    stuck = "no heartbeat for 31 s: the process (pid 7) is stuck or frozen"
+    assert (SILENCE + 1.0, stuck) == read_heartbeat(fact | {"hangs": True}, 101.0 + SILENCE)
 
 
 def run_id(run: Run) -> str:

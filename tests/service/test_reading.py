@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import threading
 from pathlib import Path
@@ -15,9 +16,10 @@ from runs import new_run
 from onward import Run
 from onward.errors import DamagedState, UsageError
 from onward.events import Committed
+from onward.layout import RunLayout, step_of
 from onward.service.session import open_session
 from onward.service.state.commits import Commit
-from onward.service.state.reading import snapshot
+from onward.service.state.reading import find_newest, snapshot
 from onward.service.state.writer import Writer
 from onward.store.database import OPTIONS
 from onward.store.ledger import Ledger
@@ -91,6 +93,19 @@ def test_a_snapshot_stays_when_training_goes_on(run: Run, files: list[Path], tmp
     run.train(files[1])
     assert (3, 5) == (manifest.step, run.status()["global_step"])
     assert manifest == inspect_checkpoint(tmp_path / "mine").verified
+
+
+def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path: Path) -> None:
+    """Also where steps get another digit; one of another run, or without a manifest, is none of the run's."""
+    layout = RunLayout(tmp_path)
+    for step, run in ((9, "r"), (100, "r"), (99, "r"), (1000, "other"), (10000, None)):
+        for folder in (layout.checkpoint(step), layout.boundary(step)):
+            folder.mkdir(parents=True)
+            if run is not None:
+                (folder / "onward.json").write_text(json.dumps({"run": run, "step": step}))
+    assert (layout.checkpoint(100), None) == (find_newest(layout, "r"), find_newest(layout, "nobody"))
+    for folders in (layout.checkpoints(), layout.restore_points()):
+        assert [10000, 1000, 100, 99, 9] == [step_of(folder) for folder in folders]
 
 
 def test_no_snapshot_of_what_is_damaged_or_not_there(run: Run, model: Path, tmp_path: Path) -> None:
