@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from runs import new_run
 
 from onward import Run
 from onward.errors import DeviceLost
+from onward.events import StepTaken
 from onward.service.owner.training.recordings import FACT
 from onward.store.ledger import Ledger
+from onward.training.seeds import others_train
 from onward.training.trainer import Trainer
 
 
@@ -82,6 +85,20 @@ def test_a_run_that_replays_has_the_state_of_one_that_does_not(
     name = "adapter_model.safetensors"
     assert (plain.layout.current / name).read_bytes() == (run.layout.current / name).read_bytes()
     assert run.verify(deep=True).ok
+
+
+def test_other_threads_know_that_a_run_trains(model: Path, files: list[Path], tmp_path: Path) -> None:
+    """From its first step to its last, and not after it."""
+    found: list[bool] = []
+    with ThreadPoolExecutor(1) as other:
+
+        def observe(event: object) -> None:
+            if isinstance(event, StepTaken):
+                found.extend([other.submit(others_train).result(), others_train()])
+
+        new_run(tmp_path / "run", model, batch_size=8).train(files[0], observe=observe)
+        assert [True, False] * 3 == found
+        assert not other.submit(others_train).result()
 
 
 @pytest.mark.parametrize("another", ["driver", "onward"])

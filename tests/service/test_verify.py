@@ -89,7 +89,6 @@ TAMPERING: dict[str, tuple[Callable[[Path], None], str]] = {
     "trained tokens": (sql("UPDATE steps SET target_tokens = 1 WHERE step = 2"), "step counters"),
     "the order of files": (sql("UPDATE files SET position = 7 - 3 * position"), "step counters"),
     "totals of steps": (sql("UPDATE step_ranges SET loss_max = 9 WHERE first = 1"), "step counters"),
-    "a config": (sql("UPDATE configs SET config = replace(config, 'weight_decay', 'wd')"), "rows"),
     "a norm": (sql("UPDATE steps SET grad_norm = 0 WHERE step = (SELECT max(step) FROM steps)"), "replay"),
     "tokens": (change_tokens, "replay"),
 }  # fmt: skip

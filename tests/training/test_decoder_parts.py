@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import errno
 import functools
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from onward.training.layers import decoder_parts
 from onward.training.layers.decoder_parts import form_of, fuse_parts, is_gated, kernels_work, rotating
 
 SIZES = {
@@ -179,3 +183,21 @@ def test_an_attention_without_a_known_rotation_stays() -> None:
 def test_a_processor_has_no_kernels() -> None:
     """On a CPU a step computes what it always did."""
     assert not kernels_work(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("error", "is_raised"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EROFS, False)])
+def test_kernels_that_find_no_room_are_not_replaced(
+    error: int, is_raised: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other kernels would compute other bits until a disk has room again; where nothing can ever be written, they are
+    used instead.
+    """
+
+    def fail(*_: object) -> None:
+        raise OSError(error, "no")
+
+    monkeypatch.setattr(decoder_parts, "kernels_of", lambda: SimpleNamespace(gate=fail))
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    works: Any = vars(decoder_parts)["_try"].__wrapped__
+    with pytest.raises(OSError, match="no") if is_raised else contextlib.nullcontext():
+        assert not works(torch.device("cpu"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from onward.training.layers.attention import lay_end_to_end
 from onward.training.layers.recording import Recordable, Recording, RecordingPlace, Watch, is_held
 from onward.training.measuring.fingerprints import Fingerprints
 from onward.training.measuring.probe import Probe
+from onward.training.seeds import taking_steps
 
 VALUES = torch.arange(12.0).view(3, 4)
 META = torch.empty(3, 4, device="meta")
@@ -126,6 +128,27 @@ def test_a_computation_is_watched_once_and_recorded_on_demand() -> None:
     assert 3 == own()
     assert not own.record()
     assert ([3], [1]) == (computed, replayed)
+
+
+def test_nothing_is_watched_while_another_thread_trains() -> None:
+    """What waits for a GPU is an error then, in any thread: another run would fail. It is watched later."""
+    own = Recordable(lambda: 7, CPU, lambda _: lambda: -1)
+    begun, ended = threading.Event(), threading.Event()
+
+    def train() -> None:
+        with taking_steps():
+            begun.set()
+            ended.wait(60)
+
+    other = threading.Thread(target=train)
+    other.start()
+    begun.wait(60)
+    assert (7, False, False) == (own(), own.can_record, own.record())
+    ended.set()
+    other.join(60)
+    with taking_steps():
+        assert (7, True, True) == (own(), own.can_record, own.record())
+    assert -1 == own()
 
 
 @pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError, TypeError])

@@ -15,6 +15,24 @@ import torch
 one_computes = threading.RLock()
 """Held while something computes with what belongs to the whole process, such as torch's random generators: threads that
 train two runs take turns."""
+_training: list[int] = []
+"""The threads that take steps of a file, as often as they do."""
+
+
+@contextlib.contextmanager
+def taking_steps() -> Generator[None]:
+    """Count this thread among those that train, in the body."""
+    own = threading.get_ident()
+    _training.append(own)
+    try:
+        yield
+    finally:
+        _training.remove(own)
+
+
+def others_train() -> bool:
+    """Return whether another thread of this process takes steps of a file."""
+    return any(thread != threading.get_ident() for thread in tuple(_training))
 
 
 def fold(*parts: int | str) -> int:

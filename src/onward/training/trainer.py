@@ -27,7 +27,7 @@ from onward.training.ranks.exchange import exchange_of
 from onward.training.ranks.orders import file_order, step_order
 from onward.training.ranks.sameness import hold_same
 from onward.training.schedule import learning_rate
-from onward.training.seeds import seeded
+from onward.training.seeds import seeded, taking_steps
 from onward.training.state import TrainState
 from onward.training.steps.ahead import Ahead
 from onward.training.steps.anchor import AnchorTerm
@@ -99,7 +99,8 @@ class Trainer:
         else:
             with self.world.together():  # the others prepare
                 pass
-        with Ahead(lambda step: batch_at(files, plan, step), plan.steps, self.world.device) as batches:
+        ahead = Ahead(lambda step: batch_at(files, plan, step), plan.steps, self.world.device)
+        with taking_steps(), ahead as batches:
             while not self.state.cursor.at_boundary:
                 batch = batches.at(self.state.cursor.step)
                 self.world.tell(lambda: step_order(self.economy.setting))

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.func import functional_call  # pyright: ignore[reportPrivateImportUsage]
 
+from onward.errors import is_out_of_space
 from onward.training.device.errors import is_of_the_device
 from onward.training.layers.decoder_nodes import (
     FORMS,
@@ -69,14 +70,18 @@ def kernels_work(device: torch.device) -> bool:
 
 @cache
 def _try(device: torch.device) -> bool:
-    """Compute something small: Triton, or the compiler that it needs, may be missing."""
+    """Compute something small: Triton, or the compiler that it needs, may be missing.
+
+    Raises:
+        OSError: there is no room for what Triton compiles. Other kernels would compute other bits until there is.
+    """
     if importlib.util.find_spec("triton") is None:
         return False
     ones = torch.ones(2, 16, device=device, dtype=torch.bfloat16)
     try:
         return bool((kernels_of().gate(ones, ones) > 0).all())
-    except Exception as error:  # if Triton fails here for any reason, PyTorch's own kernels are used
-        if is_of_the_device(error):
+    except Exception as error:  # if Triton fails here for any other reason, PyTorch's own kernels are used
+        if is_of_the_device(error) or is_out_of_space(error):
             raise
         return False
 

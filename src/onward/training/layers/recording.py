@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from onward.errors import first_line
+from onward.training.seeds import others_train
 
 Result = TypeVar("Result", covariant=True)
 KNOWN = frozenset({"aten", "prims", "torch_attn"})
@@ -100,7 +101,8 @@ class Recordable(Generic[Result]):
 
     Args:
         compute: the computation.
-        device: the device that computes; no other thread may use a GPU while it is watched.
+        device: the device that computes; no other thread may use a GPU while it is watched, so that is put off until
+            no other trains.
         recorder: records it; None if it never is.
     """
 
@@ -120,7 +122,8 @@ class Recordable(Generic[Result]):
                 return self._replay()
             except Exception as error:  # another recording failed, for example; a lost device raises again
                 self._fail(error)
-        return self._compute() if self._was_watched or self._recorder is None else self._watched()
+        is_plain = self._was_watched or self._recorder is None or others_train()
+        return self._compute() if is_plain else self._watched()
 
     def record(self) -> bool:
         """Record it, if that was not done before and is possible; return whether the next call replays it."""
