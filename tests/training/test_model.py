@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from onward import Run
 from onward.config import Config
 from onward.errors import ModelError
 from onward.training.checkpoints.checkpoint import write_checkpoint
-from onward.training.model.base import find_here, resolve_base, with_stored_path
+from onward.training.model.base import digest_base, find_here, resolve_base, with_stored_path
 from onward.training.model.load import build_model, load_model
 from onward.training.model.spec import ModelSpec
 
@@ -84,6 +86,21 @@ def test_a_model_without_an_optimizer_is_that_of_the_checkpoint(method: str, mod
     )
     half = load_model(tmp_path / "checkpoint-3", model, CPU, torch.bfloat16)
     assert {torch.bfloat16} == {parameter.dtype for parameter in half.parameters()}
+
+
+def test_weights_in_another_folder_belong_to_a_base(model: Path, tmp_path: Path) -> None:
+    """An index may name weights in folders of their own: the digest is of them, too. A damaged index names none."""
+    folder = shutil.copytree(model, tmp_path / "model")
+    plain = digest_base(folder)
+    index, weights = folder / "model.safetensors.index.json", folder / "parts/model.safetensors"
+    index.write_text("{")
+    damaged = digest_base(folder)
+    weights.parent.mkdir()
+    (folder / "model.safetensors").rename(weights)
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "parts/model.safetensors"}}))
+    whole = digest_base(folder)
+    weights.write_bytes(weights.read_bytes() + b" ")
+    assert 4 == len({plain, damaged, whole, digest_base(folder)})
 
 
 def test_a_base_inside_a_run_moves_with_it(model: Path, tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from onward.layout import typed_path
 from onward.text import quoted
 from onward.training.model.embedded import EMBEDDED, cache_directory, ensure_embedded, find_embedded
 
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.index.json", "config.json")
+INDEXES = "*.index.json"
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", INDEXES, "config.json")
 """Files of a base model that decide what it computes."""
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -211,10 +212,20 @@ def _is_adapter(folder: Path) -> ModelError:
 
 def digest_base(folder: Path) -> str:
     """Return the digest of a base model: all weight files and the architecture."""
-    files = sorted({file for pattern in WEIGHTS for file in folder.glob(pattern)})
-    if not any(file.suffix in {".safetensors", ".bin"} for file in files):
+    files = {file.name: file for pattern in WEIGHTS for file in folder.glob(pattern)}
+    elsewhere = [name for index in folder.glob(INDEXES) for name in _indexed(index) if "/" in name]
+    files |= {name: folder / name for name in elsewhere if (folder / name).is_file()}
+    if not any(name.endswith((".safetensors", ".bin")) for name in files):
         raise ModelError("this folder has no weights (*.safetensors)", where=folder, hint=COMPLETE)
-    return sha256_json({file.name: xxh3_file(file) for file in files})
+    return sha256_json({name: xxh3_file(file) for name, file in files.items()})
+
+
+def _indexed(index: Path) -> set[str]:
+    """Return the names of weight files in an index, which may be in other folders; none if it cannot be read."""
+    try:
+        return set(map(str, json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return set()
 
 
 class BaseDigest:
