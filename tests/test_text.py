@@ -44,6 +44,7 @@ def test_what_a_terminal_obeys_or_hides_becomes_an_escape(text: str, expected: s
         (os.fsdecode(b"caf\xe9"), "$'caf\\351'"),
         ("a\u202eb", "$'a\\342\\200\\256b'"),
         (Path("-rf"), "./-rf"),
+        ("-rf", "-rf"),
         (Path("/data/a b"), "'/data/a b'"),
     ],
 )

@@ -18,14 +18,15 @@ from onward.store.ledger import Ledger
 def test_second_owner_is_refused_with_the_first_named(tmp_path: Path) -> None:
     """While one holds the run, another is refused with pid, host and what can be done; afterwards the run is free."""
     lock = tmp_path / ".lock"
-    with RunLock(lock):
+    owner = RunLock(lock)
+    with owner:
         assert is_held(lock)
         assert os.getpid() == (read_holder(lock) or {})["pid"]
         with pytest.raises(RunLocked, match=f"pid {os.getpid()}") as refused, RunLock(lock, patience=0):
             pass
         for command in ("onward status", "onward add", "onward stop"):  # whoever wants the run itself ends the owner
             assert command in str(refused.value.hint)
-    assert not is_held(lock)
+    assert (False, None) == (is_held(lock), read_holder(lock))
     with RunLock(lock):
         pass
 
