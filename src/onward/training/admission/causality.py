@@ -19,6 +19,8 @@ PLACES = 5
 """How many tokens of a longer row are tried."""
 LARGEST = 2_000_000_000
 """The number of weights up to which a model is checked in float32 whatever its type: rounding hides small effects."""
+COMPUTE_TYPE = "compute_dtype"
+"""The attribute of bitsandbytes' 4-bit layers with the type to which they convert what they multiply."""
 ROOM = 0.5
 """The share of a GPU's free memory that a larger model may take in float32."""
 
@@ -27,18 +29,25 @@ ROOM = 0.5
 def as_float32(model: nn.Module) -> Generator[bool]:
     """Let a model compute in float32 in the body, if that fits, and yield whether it does.
 
-    It gets its own weights back, but what the body writes into a weight stays there.
+    It gets its own weights back, but what the body writes into a weight stays there. 4-bit weights stay as they are;
+    what they are multiplied by is no longer rounded, which would make large differences of tiny ones.
     """
     tensors = [*model.parameters(), *model.buffers()]
     lower = [tensor for tensor in tensors if tensor.dtype in HALF]
     fits = sum(tensor.numel() for tensor in tensors) <= LARGEST or _has_room(lower)
+    quantized: list[Any] = [part for part in model.modules() if getattr(part, COMPUTE_TYPE, None) in HALF]
+    types = [part.compute_dtype for part in quantized]
     changed: list[tuple[torch.Tensor, torch.Tensor, int]] = []
     try:
+        for part in quantized if fits else []:
+            part.compute_dtype = torch.float32
         for tensor in lower if fits else []:
             own, tensor.data = tensor.data, tensor.data.float()
             changed.append((tensor, own, tensor._version))
         yield fits
     finally:
+        for part, kind in zip(quantized, types, strict=True):
+            part.compute_dtype = kind
         for tensor, own, version in changed:
             is_own = tensor._version == version and _equal_ends(tensor.data, own)
             tensor.data = own if is_own else tensor.data.to(own.dtype)
