@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
+import xxhash
 from safetensors.torch import load, save
 
 from onward.atomic import remove_tree, replace_file
@@ -20,6 +22,7 @@ from onward.store.ledger import Ledger
 from onward.training.measuring.scores import Meter
 from onward.training.steps.anchor import TOP, AnchorTerm, top_of
 
+Kept = TypeVar("Kept")
 FACT = "anchor"
 """The ledger's fact: hashes of the texts, by their count and length, and of the base's distributions on them."""
 TOP_MARK = f"-top{TOP}"
@@ -36,15 +39,12 @@ def anchor_rows(session: Session, config: Config, base: Callable[[], Meter]) -> 
     Raises:
         DamagedState: they were written before, and written again they are other texts.
     """
-    name = _name(session, config)
-    folder = session.layout.anchor / name
-    known = _known(session, name)
-    texts = _open(folder)
-    if texts is None or known not in (None, _digest(texts)):
-        ids = base().write((config.anchor.rows, config.anchor.tokens), _first_token(session))
-        _keep(folder, ids)
-        texts = TokenizedFile.open(folder)
-    _require_known(session, folder, name, _digest(texts))
+    folder = session.layout.anchor / _name(session, config)
+
+    def write() -> None:
+        _keep(folder, base().write((config.anchor.rows, config.anchor.tokens), _first_token(session)))
+
+    texts = _ensured(session, folder, _texts, write)
     return [texts.row(place) for place in range(texts.rows)]
 
 
@@ -71,13 +71,8 @@ def anchor_term(session: Session, config: Config, base: Callable[[], Meter]) -> 
     if not (config.anchor.weight and config.anchor.rows):
         return None
     texts = anchor_rows(session, config, base)
-    name = f"{_name(session, config)}{TOP_MARK}"
-    path = session.layout.anchor / f"{name}.safetensors"
-    known = _known(session, name)
-    if not path.is_file() or known not in (None, xxh3_file(path)):
-        replace_file(path, save(_distributions(texts, base())))
-    _require_known(session, path, name, xxh3_file(path))
-    kept = load(path.read_bytes())
+    path = session.layout.anchor / f"{_name(session, config)}{TOP_MARK}.safetensors"
+    kept = load(_ensured(session, path, _content, lambda: replace_file(path, save(_distributions(texts, base())))))
     return AnchorTerm(texts, kept["ids"].long(), kept["logs"], config.anchor.weight)
 
 
@@ -97,36 +92,47 @@ def _distributions(texts: list[Row], base: Meter) -> dict[str, torch.Tensor]:
     return {"ids": torch.stack(ids), "logs": torch.stack(logs)}
 
 
-def _known(session: Session, name: str) -> str | None:
-    """Return the hash of what was made for this run under a name; None if nothing was."""
+def _ensured(
+    session: Session, path: Path, read: Callable[[Path], tuple[str, Kept] | None], make: Callable[[], None]
+) -> Kept:
+    """Return what is at a path, which is made first if it is not there, is damaged or is not what the ledger knows.
+
+    Args:
+        read: returns the hash and what is there; None if it is not there or damaged.
+
+    Raises:
+        DamagedState: what was made again is not what was made for this run.
+    """
     known: dict[str, str] = session.ledger.get(FACT, {})
-    return known.get(name)
-
-
-def _require_known(session: Session, path: Path, name: str, digest: str) -> None:
-    """Refuse what was made again and is something else; record the hash of what was made for the first time."""
-    known = _known(session, name)
-    if known is None:
-        session.ledger.put(**{FACT: {**session.ledger.get(FACT, {}), name: digest}})
-    elif known != digest:
+    name, found = path.stem, read(path)
+    if found is None or known.get(name, found[0]) != found[0]:
+        make()
+        found = read(path)
+    if found is None or known.get(name, found[0]) != found[0]:
         what = "the anchor texts are gone or damaged, and the base writes other ones here than it wrote for this run"
         hint = (
             f"Put {path.name} back from a copy of the run. Or set another anchor.rows in the config, and train "
             "without the file that has begun: onward skip"
         )
         raise DamagedState(what, where=path, hint=hint)
+    if name not in known:
+        session.ledger.put(**{FACT: {**known, name: found[0]}})
+    return found[1]
 
 
-def _open(folder: Path) -> TokenizedFile | None:
+def _texts(folder: Path) -> tuple[str, TokenizedFile] | None:
     try:
-        return TokenizedFile.open(folder)
+        texts = TokenizedFile.open(folder)
     except DamagedState:
         return None
+    return texts.meta["files"]["tokens.bin"]["xxh3"], texts
 
 
-def _digest(texts: TokenizedFile) -> str:
-    digest: str = texts.meta["files"]["tokens.bin"]["xxh3"]
-    return digest
+def _content(path: Path) -> tuple[str, bytes] | None:
+    if not path.is_file():
+        return None
+    content = path.read_bytes()
+    return xxhash.xxh3_128_hexdigest(content), content
 
 
 def _first_token(session: Session) -> int:
