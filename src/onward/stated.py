@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,4 +40,9 @@ def stated_origin(folder: Path) -> tuple[Any, Any] | None:
         Unreadable: it cannot be read now.
     """
     values = read_manifest(folder)
-    return None if values is None else (values.get("run"), values.get("step"))
+    return None if values is None else origin_of(values)
+
+
+def origin_of(values: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return the run and the step that the content of a manifest states."""
+    return values.get("run"), values.get("step")

@@ -39,7 +39,7 @@ def read_status(layout: RunLayout) -> dict[str, Any]:
     with look_into(layout.ledger) as ledger:
         held = is_held(layout.lock)
         holder = read_holder(layout.lock) if held else None
-        silent = holder["pid"] if holder and ledger.get("shown_by") not in (None, holder["pid"]) else None
+        silent = _silent(ledger, holder)
         state, problem = _state(ledger, held=held and silent is None)
         beat = beat_of(holder, ledger.get("heartbeat")) if held else None
         age, stuck = read_heartbeat(beat, time.time())
@@ -58,7 +58,7 @@ def read_status(layout: RunLayout) -> dict[str, Any]:
         return {
             "run": str(layout.root.absolute()),
             "state": state,
-            "doing": _doing(ledger, state, held=held) if silent is None else f"pid {silent} owns the run",
+            "doing": _doing(ledger, state, silent, held=held),
             "global_step": step,
             "file": current.name if current else None,
             "file_step": last[0].step_in_file if last and current else 0,
@@ -74,6 +74,11 @@ def read_status(layout: RunLayout) -> dict[str, Any]:
             "hangs": hangs,
             "problem": stuck or problem,
         }
+
+
+def _silent(ledger: Ledger, holder: dict[str, Any] | None) -> int | None:
+    """Return the pid of an owner that did not write the state shown last, such as a command that does not train."""
+    return holder["pid"] if holder and ledger.get("shown_by") not in (None, holder["pid"]) else None
 
 
 def _state(ledger: Ledger, *, held: bool) -> tuple[str, str | None]:
@@ -92,8 +97,10 @@ def _state(ledger: Ledger, *, held: bool) -> tuple[str, str | None]:
     return state, problem
 
 
-def _doing(ledger: Ledger, state: str, *, held: bool) -> str:
+def _doing(ledger: Ledger, state: str, silent: int | None, *, held: bool) -> str:
     """Return what a state means here, with the command that continues if nothing continues by itself."""
+    if silent is not None:
+        return f"pid {silent} owns the run"
     if held:
         return DOING[state]
     if ledger.get("paused") is not None:

@@ -9,7 +9,7 @@ from typing import Any, cast
 from onward.digest import state_digest
 from onward.errors import DamagedState
 from onward.layout import RunLayout, entries, step_of
-from onward.stated import read_manifest
+from onward.stated import origin_of, read_manifest
 from onward.store.ledger import Ledger
 from onward.text import quoted
 
@@ -58,7 +58,7 @@ def is_of_another_moment(ledger: Ledger, folder: Path) -> bool:
     stated = read_manifest(folder)
     if ledger.checkpoint_states(step):
         return _is_of_other_steps(ledger, folder, stated or {})
-    origin = None if stated is None else (stated.get("run"), stated.get("step"))
+    origin = None if stated is None else origin_of(stated)
     if origin is not None and not ledger.has_checkpoints():
         return True
     last = ledger.newest_checkpoint()
@@ -71,7 +71,7 @@ def _is_of_other_steps(ledger: Ledger, folder: Path, stated: Mapping[str, Any]) 
     Another process may commit or go back meanwhile.
     """
     step, measured = step_of(folder), stated.get("measurement")
-    if (stated.get("run"), stated.get("step")) != (ledger.get("run"), step) or not isinstance(measured, dict):
+    if origin_of(stated) != (ledger.get("run"), step) or not isinstance(measured, dict):
         return False
     known = state_digest(cast(dict[str, Any], measured)) in ledger.state_digests(step)
     return not known and ledger.get("going_back") is None and read_manifest(folder) == stated

@@ -35,19 +35,18 @@ def as_float32(model: nn.Module) -> Generator[bool]:
     tensors = [*model.parameters(), *model.buffers()]
     lower = [tensor for tensor in tensors if tensor.dtype in HALF]
     fits = sum(tensor.numel() for tensor in tensors) <= LARGEST or _has_room(lower)
-    quantized: list[Any] = [part for part in model.modules() if getattr(part, COMPUTE_TYPE, None) in HALF]
-    types = [part.compute_dtype for part in quantized]
+    quantized = [(part, kind) for part in model.modules() if (kind := getattr(part, COMPUTE_TYPE, None)) in HALF]
     changed: list[tuple[torch.Tensor, torch.Tensor, int]] = []
     try:
-        for part in quantized if fits else []:
-            part.compute_dtype = torch.float32
+        for part, _ in quantized if fits else []:
+            setattr(part, COMPUTE_TYPE, torch.float32)
         for tensor in lower if fits else []:
             own, tensor.data = tensor.data, tensor.data.float()
             changed.append((tensor, own, tensor._version))
         yield fits
     finally:
-        for part, kind in zip(quantized, types, strict=True):
-            part.compute_dtype = kind
+        for part, kind in quantized:
+            setattr(part, COMPUTE_TYPE, kind)
         for tensor, own, version in changed:
             is_own = tensor._version == version and _equal_ends(tensor.data, own)
             tensor.data = own if is_own else tensor.data.to(own.dtype)

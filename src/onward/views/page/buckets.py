@@ -55,9 +55,10 @@ class KeptBuckets:
         `exact` is false if ranges are shown by their last step alone until `fill` has added them up.
         """
         spans = ledger.spans()
-        newest, oldest = _newest(spans), _newest(spans) - steps_in(spans) + 1
+        newest, count = _newest(spans), steps_in(spans)
+        oldest = newest - count + 1
         begin, end = max(oldest, first or oldest), newest if last is None else min(last, newest)
-        base, size = size_for(steps_in(spans), self._points), size_for(end - begin + 1, max(1, points))
+        base, size = size_for(count, self._points), size_for(end - begin + 1, max(1, points))
         if size >= base or (COARSE * size >= base and end - begin >= AT_ONCE):
             size = base
             begin = (begin - 1) // size * size + 1
