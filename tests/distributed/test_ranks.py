@@ -115,7 +115,8 @@ def test_a_killed_rank_ends_all(lost: int, made: Run, files: list[Path], alone: 
     assert_same_state(alone, root)
 
 
-@pytest.mark.parametrize("sharding", ["off", pytest.param("full", marks=[pytest.mark.shards, pytest.mark.slow])])
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["off", pytest.param("full", marks=pytest.mark.shards)])
 def test_a_frozen_rank_ends_all(sharding: str, model: Path, files: list[Path], tmp_path: Path) -> None:
     """A rank that is stopped shows no sign of life: after `rank_timeout` the others name it and end.
 
