@@ -60,11 +60,11 @@ def test_what_destroys_asks_on_a_terminal(command: list[str], typed: str, untouc
     assert_refused(onward(*command, "--run", untouched, typed=typed), 1, str(untouched), "[y/N]: ", "interrupted")
 
 
-@pytest.mark.parametrize("typed", ["y\n", " YES \n"])
-def test_a_yes_is_enough(run: Path, tmp_path: Path, typed: str) -> None:
-    """Question and result do not mix: stdout has the result alone."""
+@pytest.mark.parametrize(("typed", "terminal"), [("y\n", True), (" YES \n", False)])
+def test_a_yes_is_enough(run: Path, tmp_path: Path, typed: str, terminal: bool) -> None:
+    """On a terminal and through a pipe. Question and result do not mix: stdout has the result alone."""
     copy = Path(shutil.copytree(run, tmp_path / "run"))
-    outcome = onward("rollback", "--to", "step-0", "--json", "--run", copy, typed=typed)
+    outcome = onward("rollback", "--to", "step-0", "--json", "--run", copy, typed=typed, terminal=terminal)
     assert (0, "{") == (outcome.status, outcome.out[:1])
     assert 0 == outcome.json["global_step"]
     assert outcome.err.startswith("go back to step-0 and undo every later file of ")

@@ -41,7 +41,8 @@ def find_file(ledger: Ledger, name: str, *states: str) -> FileRow:
     others = [state for state in ALL_STATES if state not in states]
     known = _matches(ledger.files(*others), name)
     if known:
-        row = max(known, key=lambda each: (each.state != "undone", each.id))  # a file may have been queued again
+        # a file may have been queued again, or have been refused as a duplicate of the one in the stream
+        row = max(known, key=lambda each: (each.position or 0, each.state not in ("undone", "rejected"), each.id))
         hint = f"Files that can be given here: {_listed(rows)}."
         if row.state == "done":
             hint = f"onward rebuild --without {FILE}{row.position} makes the run as if it had never seen it."
@@ -82,7 +83,7 @@ def find_step(ledger: Ledger, to: str, steps: Sequence[int], option: str = "--to
     raise UsageError(
         f"{to!r} is neither a finished file nor the step of a boundary",
         where=option,
-        hint=f"Finished files: {_listed(done)}. Restore points at steps: {', '.join(map(str, sorted(steps)))}.",
+        hint=f"Finished files: {_listed(done)}. Restore points at steps: {', '.join(map(str, sorted(steps))) or 'none'}.",
     )
 
 

@@ -23,7 +23,10 @@ class Settling:
         self._check = check
 
     def without_duplicates(self, rows: Sequence[FileRow]) -> tuple[list[FileRow], list[tuple[FileRow, Refusal]]]:
-        """Set aside files whose content the stream has; a command repeated after a kill continues without them."""
+        """Set aside files whose content the stream has.
+
+        A command that is repeated after a kill continues without them: it names them as before.
+        """
         held = {row.id: self.ledger.holding(row.sha256) for row in rows}
         goes_on = any(other and other.state != "done" for other in held.values())
         fresh: list[FileRow] = []
@@ -32,7 +35,7 @@ class Settling:
             twin = held[row.id] or next((other for other in fresh if other.sha256 == row.sha256), None)
             if twin is None or row.again:
                 fresh.append(row)
-            elif twin in fresh or not goes_on or row.inbox:
+            elif twin in fresh or not goes_on or row.inbox or twin.name != row.name:
                 refusals.append((row, Refusal.of_duplicate(row, twin)))
         return fresh, refusals
 
