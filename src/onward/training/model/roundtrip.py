@@ -106,7 +106,7 @@ def _names_match(weights: Mapping[str, torch.Tensor], folder: Path) -> bool:
     except AttributeError:
         return False
     _require_info(info, folder)
-    return weights.keys() == {name for name, _ in made.named_parameters()}
+    return set(weights) == {name for name, _ in made.named_parameters()}
 
 
 def _require_info(info: Mapping[str, Any], folder: Path) -> None:
