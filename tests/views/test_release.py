@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from commands import onward, snapshot
+from daemons import configure
 from faults import Fault
 from processes import command, open_descriptors
 from safetensors.torch import load_file
@@ -33,16 +34,22 @@ from onward.views.points import hold
 from onward.views.release import Making, Order
 from onward.views.releases import RECORD, Release, find_release, lines, list_releases, remove_release
 
-SETTINGS: dict[str, Any] = {"batch_size": 4, "max_length": 256, "learning_rate": 1e-2, "lora": {"rank": 4}}
+SETTINGS: dict[str, Any] = {
+    "batch_size": 4, "max_length": 256, "learning_rate": 1e-2, "lora": {"rank": 4},
+    "evaluation": {"files": ["gone.jsonl"]},
+}  # fmt: skip
 WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Run:
-    """A run of three files, of 3, 4 and 2 steps."""
+    """A run of three files, of 3, 4 and 2 steps; a file that it was measured on is gone."""
     folder = tmp_path_factory.mktemp("release")
     run = Run.create(folder / "run", str(model), **SETTINGS)
+    gone = tiny.write_jsonl(run.layout.root / "gone.jsonl", tiny.chat_rows(1))
     run.train(*(tiny.write_jsonl(folder / f"{n}.jsonl", tiny.chat_rows(n, seed=n)) for n in (9, 14, 6)))
+    gone.unlink()
+    configure(run, evaluation={"share": 0.05})
     return run
 
 

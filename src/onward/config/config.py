@@ -291,6 +291,10 @@ class Config(Section):
             del values[section][name]
         return values
 
+    def asking(self, files: list[str]) -> Config:
+        """Return this config with other `evaluation.files`, which change no weight."""
+        return self.model_copy(update={"evaluation": self.evaluation.model_copy(update={"files": files})})
+
     def training(self) -> dict[str, Any]:
         """Return the settings that a step's result depends on, by dotted key."""
         flat, plain = self.flat(), Config().flat()

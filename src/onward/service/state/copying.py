@@ -90,6 +90,7 @@ def _link(source: str, target: str) -> None:
 
 def _write_config(layout: RunLayout, copy: RunLayout, config: Config) -> None:
     plain = config.model_copy(update={name: Config.model_fields[name].default for name in UNTOLD})
+    plain = plain.asking([str((layout.root / file).absolute()) for file in config.evaluation.files])
     template = read_template(config.chat_template, layout.root)
     if template is not None:
         write_template(config.chat_template, template, copy.root)
