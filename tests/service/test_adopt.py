@@ -24,7 +24,7 @@ from runs import new_run
 from safetensors.torch import load_file
 from states import read_state
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from onward import Run
 from onward.data.tokenizer import load_tokenizer_state
@@ -222,12 +222,16 @@ def test_a_base_named_relatively_is_found_from_anywhere(
 
 
 def test_the_tokenizer_is_the_checkpoints(checkpoint: Callable[[str], Path], model: Path, tmp_path: Path) -> None:
-    """A chat template that was trained with wins over the base model's."""
+    """Chat templates that were trained with, also one for chats with tools, win over the base model's."""
     folder = checkpoint("full")
-    tiny.byte_tokenizer(tiny.CHATML.replace("<|im_end|>", "<|im_end|> ")).save_pretrained(folder)
+    tokenizer = tiny.byte_tokenizer()
+    own = tiny.CHATML.replace("<|im_end|>", "<|im_end|> ")
+    tokenizer.chat_template = {"default": own, "tool_use": "{{ tools | tojson }}" + own}
+    tokenizer.save_pretrained(folder)
     Run.adopt(folder, tmp_path / "run", str(model))
-    expected = (folder / "chat_template.jinja").read_text()
-    assert expected == (tmp_path / "run/current_model/chat_template.jinja").read_text() != tiny.CHATML
+    kept = AutoTokenizer.from_pretrained(tmp_path / "run/tokenizer")
+    written = AutoTokenizer.from_pretrained(tmp_path / "run/current_model")
+    assert tokenizer.chat_template == kept.chat_template == written.chat_template
 
 
 def test_the_command_line_adopts(saved: dict[str, Saved], program: Path, model: Path, tmp_path: Path) -> None:

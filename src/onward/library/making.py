@@ -144,11 +144,13 @@ class _Making:
 
 def _require_usable(base: Path, config: Config, tokenizer: TokenizerState) -> None:
     """Refuse a base whose files show, without loading its weights, that it is unusable."""
+    from onward.data.row_tokenizer import end_token
     from onward.training.model.base import require_complete, require_plain
     from onward.training.model.capacity import read_capacity, require_embedded, require_fits
 
     require_complete(base)
     require_plain(base, method=config.method)
+    end_token(tokenizer, base)
     capacity = read_capacity(base)
     require_fits(capacity, max_length=config.max_length)
     require_embedded(capacity, tokenizer)

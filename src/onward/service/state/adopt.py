@@ -17,6 +17,7 @@ from onward.atomic import TEMPORARY_PREFIX, fsync_file, remove_temporaries
 from onward.config import Config
 from onward.config.schema import write_config
 from onward.config.text import flattened
+from onward.data.row_tokenizer import end_token
 from onward.data.templates.own_template import keep_template, write_template
 from onward.errors import DamagedState, OnwardError, UsageError
 from onward.layout import RunLayout
@@ -26,6 +27,7 @@ from onward.service.state.adopted import describe
 from onward.service.state.adopted_config import Adopted, read_adopted
 from onward.service.state.commits import Commit, Commits
 from onward.service.state.ownership import Ownership
+from onward.service.tokenizer import copy_tokenizer, load_tokenizer_of
 from onward.store.ledger import Ledger
 from onward.text import quoted
 from onward.training.admission.findings import Findings
@@ -38,14 +40,13 @@ from onward.training.foreign.settings import router_loss
 from onward.training.measuring.probe import Probe
 from onward.training.model.base import (
     OWN_BASE,
-    TOKENIZER_FILES,
     TOKENIZER_MARK,
     WEIGHTS,
     resolve_base,
     with_stored_path,
 )
 from onward.training.model.capacity import read_capacity, require_fits
-from onward.training.model.load import build_model, load_tokenizer
+from onward.training.model.load import build_model
 from onward.training.model.spec import ModelSpec
 from onward.training.state import TrainState
 
@@ -161,9 +162,11 @@ def _make(
     """Make the run's files; the ledger gets its name last, because it makes the directory a run."""
     layout.make()
     if config.model == OWN_BASE:
-        _copy(checkpoint, (*MODEL_FILES, *TOKENIZER_FILES), layout.root / OWN_BASE)
+        _copy(checkpoint, MODEL_FILES, layout.root / OWN_BASE)
+        copy_tokenizer(checkpoint, layout.root / OWN_BASE)
     elif (checkpoint / TOKENIZER_MARK).is_file():  # the one that the checkpoint was trained with
-        _copy(checkpoint, ("config.json", *TOKENIZER_FILES), layout.root / "tokenizer")
+        _copy(checkpoint, ("config.json",), layout.root / "tokenizer")
+        copy_tokenizer(checkpoint, layout.root / "tokenizer")
     final = layout.ledger.resolve()  # a link leads to a disk of this machine
     unfinished = final.with_name(f"{TEMPORARY_PREFIX}{final.name}")
     _remove_unfinished(layout, unfinished)
@@ -201,4 +204,5 @@ def _require_tokenizer(checkpoint: Path, base: Path) -> None:
     if not own and base == checkpoint.resolve():
         hint = "--model BASE names the folder of the model from which it was made, which has one."
         raise UsageError("the checkpoint has no tokenizer", where=checkpoint, hint=hint)
-    load_tokenizer(checkpoint if own else base)
+    folder = checkpoint if own else base
+    end_token(load_tokenizer_of(folder), folder)
