@@ -173,6 +173,23 @@ def test_adopting_onwards_own_checkpoint_continues_it_exactly(model: Path, tmp_p
     assert expected == actual
 
 
+def test_another_base_than_onward_recorded_is_refused_or_told(
+    saved: dict[str, Saved], model: Path, tmp_path: Path
+) -> None:
+    """An adapter of Onward's own is adopted on the base that it was trained on; on another one if that is named."""
+    base = Path(shutil.copytree(model, tmp_path / "base"))
+    Run.adopt(saved["lora"].folder, tmp_path / "old", str(base), settings=SETTINGS)
+    checkpoint = tmp_path / f"old/current_model/checkpoint-{STEPS}"
+    values = json.loads((base / "config.json").read_bytes())
+    (base / "config.json").write_text(json.dumps({**values, "rms_norm_eps": 1e-3}))
+    with pytest.raises(ModelError, match="not the one on which this adapter was trained") as caught:
+        Run.adopt(checkpoint, tmp_path / "new")
+    assert f"onward init NEW_RUN --model {base} --adapter {checkpoint}" in str(caught.value.hint)
+    told: list[str] = []
+    Run.adopt(checkpoint, tmp_path / "new", str(base), report=told.append)
+    assert 1 == sum("not the one on which this adapter was trained" in line for line in told)
+
+
 @pytest.mark.parametrize("named", ["by model", "by the checkpoint"])
 def test_a_full_run_outlives_the_trainers_checkpoint(
     named: str, checkpoint: Callable[[str], Path], model: Path, tmp_path: Path, file: Path

@@ -55,6 +55,11 @@ class OwnParts:
         folder = self._layout.tokenizer(base) if self._start is None else self._start.folder
         return folder if (folder / TOKENIZER_MARK).is_file() else self._layout.tokenizer(base)
 
+    @property
+    def revision(self) -> str | None:
+        """The revision of its base on the hub that the adapter names, if the run's base is the one that it names."""
+        return self._start.revision if self._start is not None and self._start.base == self.config.model else None
+
     def require_possible(self, base: Path) -> None:
         """Refuse parts that cannot be made, before anything is made.
 
