@@ -37,6 +37,7 @@ from onward.training.model.base import (
     is_own_base,
     revision_of,
 )
+from onward.views.chat.prompts import Prompts
 from onward.views.export import gguf
 from onward.views.export.card import BaseFacts, base_facts, copy_card, verify_now, write_card
 from onward.views.export.merged import write_merged
@@ -215,7 +216,8 @@ class _Writing:
         return {"Fits": "only the run's own model, in its folder `base/`: on any other it is another model"}
 
     def _write_merged(self, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-        merging = write_merged(self._point.folder, self._base, dtype, folder)
+        stop_ids = Prompts(self._tokenizer).stop_ids
+        merging = write_merged(self._point.folder, self._base, dtype, folder, stop_ids)
         self._copy_tokenizer(folder)
         name = str(dtype).removeprefix("torch.")
         self._report(
