@@ -200,13 +200,23 @@ def test_what_stands_in_a_directory_is_not_made_over(run: Path, model: Path, tmp
     assert (0, 3, True) == (made.status, made.json["config"]["batch_size"], "slower than Onward's" in made.err)
 
 
-@pytest.mark.parametrize("text", ["", "{}", "no JSON"])
-def test_a_tokenizer_that_cannot_be_used_is_refused_by_init(text: str, model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "text", "hint"),
+    [
+        ("tokenizer.json", "", "save_pretrained"),
+        ("tokenizer.json", "{}", "save_pretrained"),
+        ("tokenizer.json", "no JSON", "save_pretrained"),
+        ("tokenizer_config.json", '{"tokenizer_class": "PreTrainedTokenizerFast"}', 'set "eos_token"'),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_used_is_refused_by_init(
+    name: str, text: str, hint: str, model: Path, tmp_path: Path
+) -> None:
     """A base without a usable tokenizer is wrong usage, named by its folder, and nothing is made."""
     broken = Path(shutil.copytree(model, tmp_path / "broken"))
-    (broken / "tokenizer.json").write_text(text)
+    (broken / name).write_text(text)
     outcome = onward("init", tmp_path / "new", "--model", broken)
-    assert_refused(outcome, 2, "tokenizer", str(broken), "save_pretrained")
+    assert_refused(outcome, 2, "tokenizer", str(broken), hint)
     assert not (tmp_path / "new").exists()
 
 

@@ -37,6 +37,21 @@ class Fitted:
     truncated: bool = False
 
 
+def end_token(state: TokenizerState, where: object = None) -> int:
+    """Return the id of the token that ends a text.
+
+    Args:
+        where: the tokenizer's place, for the error.
+
+    Raises:
+        ModelError: the tokenizer has none, so that no row can be trained.
+    """
+    if state.eos_id is None:
+        hint = 'set "eos_token" in its tokenizer_config.json'
+        raise ModelError("the tokenizer has no end token", where=where, hint=hint)
+    return state.eos_id
+
+
 class RowTokenizer:
     """Turns rows into packed tokens.
 
@@ -51,13 +66,11 @@ class RowTokenizer:
     """
 
     def __init__(self, state: TokenizerState, max_length: int, over_length: OverLength = "truncate") -> None:
-        if state.eos_id is None:
-            raise ModelError("the tokenizer has no end token", hint='set "eos_token" in its tokenizer_config.json')
         self.state = state
         self.max_length = max_length
         self.over_length: OverLength = over_length
         self._backend: Any = state.tokenizer
-        self._end_id = state.eos_id
+        self._end_id = end_token(state)
         self._lengths = byte_lengths(self._backend)
         self._template = ChatTemplate(state)
         self._begins = _start_token(state)

@@ -32,7 +32,7 @@ from onward.training.device.environment import (
 )
 from onward.training.device.execution import Execution
 from onward.training.layers.facts import layer_facts
-from onward.training.model.base import BaseDigest, base_of_run, digest_base
+from onward.training.model.base import BaseDigest, base_of_run, digest_base, keep_revision
 from onward.training.model.capacity import read_capacity
 from onward.training.model.load import load_tokenizer
 from onward.training.model.spec import ModelSpec
@@ -182,6 +182,7 @@ def open_session(
     kept = KeptTokenizer(layout, layout.tokenizer(base))
     tokenizer_state = kept.state(config, ledger)
     check_identity(ledger, config, base_digest, tokenizer_state)
+    keep_revision(layout.root, config.model, base)
     world = world or SingleProcess(pick_device())
     _require_shares(config, world)
     require_whole_teams(world.device)

@@ -79,6 +79,8 @@ def _link_parts(layout: RunLayout, copy: RunLayout) -> None:
     tokenizer = layout.cache / "tokenizer"
     if tokenizer.is_dir():
         shutil.copytree(tokenizer, copy.cache / "tokenizer")
+    if layout.base_revision.is_file():
+        shutil.copyfile(layout.base_revision, copy.base_revision)
     for folder in entries(layout.tokens):
         with contextlib.suppress(OSError):  # removed meanwhile: recreated if needed
             link_tree(folder, copy.tokens / folder.name)
