@@ -420,8 +420,8 @@ def test_what_cannot_be_taken_out_holds_up_nothing(layout: RunLayout, tmp_path: 
 
 
 def test_compressed_originals_still_train(model: Path, tmp_path: Path) -> None:
-    """With `compress_archive` finished originals are packed; the proof and a replay read them as before, and a file that
-    is quarantined is put into `rejected/` as it came.
+    """With `compress_archive` finished originals are packed; the proof and a replay read them as before, and a file
+    that is quarantined is put into `rejected/` as it came.
     """
     run = new_run(tmp_path / "run", model, max_length=256, compress_archive=True, lora={"rank": 2})
     files = [tiny.write_jsonl(tmp_path / f"{n}.jsonl", tiny.chat_rows(n, seed=n)) for n in (9, 5)]

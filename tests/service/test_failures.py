@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -338,7 +339,7 @@ def test_status_and_doctor_read_the_heartbeat(run: Run) -> None:
             assert "heartbeat" not in {finding.subject for finding in examine(run.layout)}
         for own in (json.dumps({**started, "started": fact["at"]}), ""):
             holder.write_text(own)
-            assert "no heartbeat for 100 s" in run.status()["problem"]
+            assert re.match(r"no heartbeat for 1\d\d s", run.status()["problem"])  # and what the test itself took
             (finding,) = [finding for finding in examine(run.layout) if finding.subject == "heartbeat"]
             assert "error" == finding.level
     assert run.status()["heartbeat_seconds"] is None
