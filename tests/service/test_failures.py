@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -225,19 +224,15 @@ def test_pauses_double_up_to_a_limit_whatever_fails_for_however_long(first: floa
 
 @pytest.mark.parametrize("missing", [0, 1])
 def test_room_is_what_is_needed_and_the_margin(run: Run, monkeypatch: pytest.MonkeyPatch, missing: int) -> None:
-    """A daemon waits if one byte is missing of both together, and for nothing if none is."""
-
-    class Waits(Exception):
-        pass
-
-    def obey() -> None:
-        raise Waits
-
+    """A daemon waits if one byte is missing of both together, and for nothing if none is; a stop that ends the wait is
+    not reported as room.
+    """
     needed, usage = 1000, namedtuple("usage", "free")
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage(needed + (1 << 20) - missing))
     owned = MagicMock(settings=SimpleNamespace(current=run.config), layout=run.layout, wishes=Wishes())
-    with pytest.raises(Waits) if missing else contextlib.nullcontext():
-        disk.DiskRoom(owned, True, obey).wait(needed)
+    disk.DiskRoom(owned, True, lambda: owned.wishes.ask("SIGTERM")).wait(needed)
+    assert bool(missing) == owned.wishes.pending
+    assert [] == owned.ledger.add_event.mock_calls
 
 
 def test_disk_below_the_margin_pauses_and_goes_on(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
