@@ -44,14 +44,14 @@ class Failure:
     rejected: tuple[dict[str, Any], ...] = ()
 
     @classmethod
-    def of(cls, error: BaseException) -> Failure:
+    def of(cls, error: Exception) -> Failure:
         """Return the description of an error."""
         cause = cause_of(error)
         rejected = tuple(cause.problems) if isinstance(cause, GuardRejected) else ()
         return cls(describe(cause), is_out_of_memory(cause), rejected)
 
 
-def cause_of(error: BaseException) -> BaseException:
+def cause_of(error: Exception) -> Exception:
     """Return what made a step fail, or the error itself if it is not about a step."""
     return error.cause if isinstance(error, StepFailed) else error
 
@@ -62,7 +62,7 @@ def for_person(error: Exception, row: FileRow | None) -> Exception:
     Args:
         row: the current file.
     """
-    cause = error.cause if isinstance(error, StepFailed) else error
+    cause = cause_of(error)
     if is_device_lost(cause):
         return DeviceLost(
             f"the GPU was lost to this process: {first_line(cause)}",
@@ -103,14 +103,14 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-def blames_file(error: BaseException) -> bool:
+def blames_file(error: Exception) -> bool:
     """Whether an error is the current file's fault, so that the queue can continue without it.
 
     A file is to blame for what its rows cause after its first step began; the config for what it does not allow; and
     the machine for everything else: disk, ledger, GPU, memory that ran out while the model was loaded, checked or
     committed, or while other processes held GPU memory.
     """
-    cause = error.cause if isinstance(error, StepFailed) else error
+    cause = cause_of(error)
     if isinstance(cause, TrainingError):
         return True
     elsewhere = isinstance(cause, OnwardError | OSError | sqlite3.Error) or is_device_lost(cause)
