@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, call
 
 import pytest
 import tiny
@@ -30,8 +30,10 @@ from onward.service.holder import read_heartbeat
 from onward.service.owner import disk
 from onward.service.owner.alongside.heartbeat import Heartbeat
 from onward.service.owner.crashes import Crash, Deaths
+from onward.service.owner.recovery import Recovery
 from onward.service.pauses import LONGEST, pause_after
 from onward.service.proof.doctor.examination import examine
+from onward.service.shown import FAILED
 from onward.service.wishes import Wishes
 from onward.status import read_status
 from onward.store.ledger import Ledger
@@ -207,10 +209,17 @@ def test_deaths_in_one_file_are_counted(run: Run, before: int, refused: int, sta
 
 
 def test_a_process_waits_longer_after_each_death_from_the_third_on() -> None:
-    """The first deaths in one place cost no time; then each wait is twice the one before, up to five minutes."""
+    """The first deaths in one place cost no time; then each wait is twice the one before, up to five minutes. A start
+    that fails and is tried again does not wait again.
+    """
     counts = (*range(6), 10, 11, 2000)
     waits = [Crash("training", None, Deaths(count=count)).waits for count in counts]
     assert [0, 0, 0, 2, 4, 8, 256, 300, 300] == waits
+    owned = MagicMock(wishes=SimpleNamespace(pending=True))  # so that no time is spent
+    recovery = Recovery(owned, Crash("training", None, Deaths(step=5, count=4)))
+    recovery.after_death()
+    recovery.after_death()
+    assert [call(FAILED, "the process died 4 times after step 5; goes on in 4 s")] == owned.shown.set.mock_calls
 
 
 @pytest.mark.parametrize("first", [0.05, 1.0, 2.0, 10.0])
