@@ -188,8 +188,7 @@ def _counters(layout: RunLayout, ledger: Ledger, manifest: Manifest) -> str:
 def _require_stream(ledger: Ledger, manifest: Manifest) -> None:
     """Check that the checkpoint is of the files that the ledger has, in their order, and of as many tokens."""
     stream, cursor = "", manifest.cursor
-    files = [row for row in ledger.in_stream(after=0) if row.place <= cursor.position]
-    for row in files:
+    for row in ledger.in_stream(0, cursor.position):
         stream = sha256_json([stream, row.sha256])
     _require(stream == cursor.stream, "the state is of other files than the ledger has, or of another order")
     counted = ledger.count_trained_up_to(manifest.step)
