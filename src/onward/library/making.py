@@ -135,11 +135,13 @@ class _Making:
         with self.loading():
             from onward.service.admission import admit_new
         from onward.training.admission.findings import FACT
+        from onward.training.foreign.arguments import Arguments
+        from onward.training.foreign.settings import router_loss
         from onward.training.model.base import OWN_ADAPTER
 
         start = self.layout.root / OWN_ADAPTER if config.adapter else None
         config, findings = admit_new(config, base, has_chosen_dropout=self._has_chosen_dropout(), checkpoint=start)
-        for line in findings.lines():
+        for line in (*findings.lines(), *router_loss(Arguments(), base)):
             self.report(line)
         return config, {FACT: findings.to_dict()}
 
