@@ -17,6 +17,7 @@ from documented import DOCS, PACKAGE, blocks, blocks_for, prepare
 from ledgers import made_up_run
 from runs import new_run
 
+import onward
 from onward.data.rows.records import parse_record
 from onward.training.checkpoints.checkpoint import Manifest
 
@@ -26,7 +27,8 @@ DAYS = ("monday", "tuesday")
 FIRST_SESSION = (DOCS / "quickstart.md", ROOT / "README.md", DOCS / "checkpoint-format.md")
 UNATTENDED = (DOCS / "operations.md",)
 WITH_A_RUN = tuple(
-    DOCS / f"{name}.md" for name in ("figures", "trackers", "agents", "install", "chat", "export", "serve", "launch")
+    DOCS / f"{name}.md"
+    for name in ("figures", "trackers", "agents", "install", "chat", "export", "serve", "launch", "python")
 )
 """Pages whose marked blocks the tests below run, by what they begin with."""
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -169,6 +171,13 @@ def test_the_page_on_unattended_runs_runs(
         block.run()
     told = [json.loads(line) for line in (tmp_path / "told.jsonl").read_text().splitlines()]
     assert ["rejected"] == [entry["kind"] for entry in told][:1]
+
+
+def test_the_page_on_python_names_what_is_public() -> None:
+    """Every public name of the package is in the page's table, and no other."""
+    tables = (section(DOCS / "python.md", title) for title in ("What is public", "Errors"))
+    cells = [cell for table in tables for cell in re.findall(r"^\| (.*?) \|", table, re.M)]
+    assert set(onward.__all__) == set(re.findall(r"`(\w+)`", "".join(cells)))
 
 
 def test_every_page_that_promises_to_be_run_is() -> None:
