@@ -161,6 +161,7 @@ def test_commands_of_the_pages_run(program: Path, model: Path, tmp_path: Path, m
         block.run()
 
 
+@pytest.mark.slow
 def test_the_page_on_unattended_runs_runs(
     program: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

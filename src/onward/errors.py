@@ -52,9 +52,17 @@ class OnwardError(Exception):
         remedy = f"\n  {printable_lines(self.hint)}" if self.hint else ""
         return f"{printable_lines(self.what)}{place}{remedy}"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _made_again, (type(self), self.args), self.__dict__
+
     def to_dict(self) -> dict[str, str | int | None]:
         """Return the error as plain values, as the page answers with it."""
         return {"error": self.what, "where": self.where, "hint": self.hint, "exit_status": self.exit_status}
+
+
+def _made_again(kind: type[OnwardError], args: tuple[Any, ...]) -> OnwardError:
+    """Return an error as another process raised it, without its constructor's arguments; the rest of it is set after."""
+    return kind.__new__(kind, *args)
 
 
 class UsageError(OnwardError):

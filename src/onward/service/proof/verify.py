@@ -30,6 +30,7 @@ from onward.text import how_many
 from onward.training.checkpoints import huggingface
 from onward.training.checkpoints.checkpoint import Manifest, inspect_checkpoint
 from onward.training.checkpoints.loading import read_optimizer
+from onward.training.device.environment import pick_device, require_whole_teams
 from onward.training.device.errors import is_of_the_device
 from onward.training.measuring.handover import same_measurement
 from onward.training.model.base import base_of_run, digest_base
@@ -73,7 +74,12 @@ def verify(layout: RunLayout, ledger: Ledger, *, deep: bool = False) -> Proof:
 
     Args:
         deep: also train again from the last boundary, in a scratch directory, and compare bit for bit.
+
+    Raises:
+        ConfigError: no computation would be right here, which says nothing about the run.
     """
+    if deep:
+        require_whole_teams(pick_device())
     newest = ledger.newest_checkpoint()
     if newest is None:
         nothing = _check("state", lambda: _nothing_trained(layout, ledger))
