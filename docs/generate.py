@@ -120,9 +120,9 @@ REFUSED_FILES: Sequence[tuple[str, str, bytes]] = (
 LIMITS: Sequence[tuple[str, str]] = (
     (
         "max_row_mb",
-        "a row, in the file and as the text that is tokenized; a value counts for more than its text",
+        "MiB of a row, in the file and as the text that is tokenized; a value counts for more than its text",
     ),
-    ("max_unpacked_mb", "all that a compressed, Parquet or Arrow file unpacks to"),
+    ("max_unpacked_mb", "MiB to which a compressed, Parquet or Arrow file unpacks"),
     ("max_unpack_ratio", "the same, as a multiple of the file's size; judged above 16 MiB"),
 )
 """Key and what it bounds."""
