@@ -193,6 +193,6 @@ def _restore_point(layout: RunLayout, step: int) -> Manifest:
         raise UsageError(
             f"the restore point of step {step} is no longer kept",
             where=folder,
-            hint=f"Restore points at steps: {kept}. keep_boundaries in the config keeps more.",
+            hint=f"Restore points at steps: {kept or 'none'}. keep_boundaries in the config keeps more.",
         )
     return verified_point(folder, FURTHER)
