@@ -115,7 +115,7 @@ def _from_hub(name: str, *, download: bool, report: Callable[[str], None]) -> Pa
         return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError, OSError):
         if not download:
-            hint = f"Only init downloads: onward init NEW_RUN --model {quoted(name)}"
+            hint = f"Only init and adopt download: onward init NEW_RUN --model {quoted(name)}"
             raise ModelError(f"the model {name!r} is not in the local cache", where="model", hint=hint) from None
     report(f"downloading {name}")
     try:
