@@ -195,6 +195,13 @@ def test_every_extra_is_explained() -> None:
     assert set(project["optional-dependencies"]) - {"dev", "bench", "browser", "image"} == explained
 
 
+def test_every_variable_is_explained() -> None:
+    """The page on installing names each variable of Onward's own, but those that it sets for its own processes."""
+    sources = "".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
+    named = set(re.findall(r"^\| `(ONWARD_\w+)`", (DOCS / "install.md").read_text(encoding="utf-8"), re.M))
+    assert set(re.findall(r"ONWARD_[A-Z_]+", sources)) - {"ONWARD_FIRST_NODE"} == named
+
+
 def test_blocks_that_other_tests_run_are_run() -> None:
     """A page that says that a test runs a block names a module of tests which runs those of this page."""
     modules = {path.stem: path.read_text(encoding="utf-8") for path in Path(__file__).parent.rglob("test_*.py")}
