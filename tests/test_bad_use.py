@@ -110,7 +110,7 @@ def test_a_run_by_a_relative_name_in_another_working_directory(
         ("report=1", ("unknown key 'report'",)),
         ("batch_size=two", ("batch_size: 'two'", "integer")),
         ("batch_size=0", ("batch_size: 0", "greater than or equal to 1")),
-        ("batch_size=true", ("batch_size: True", "must be a number")),
+        ("batch_size=true", ("batch_size: true", "must be a number")),
         ("learning_rate=.nan", ("learning_rate: nan",)),
         ("schedule=cosinus", ("schedule: 'cosinus'", "did you mean 'cosine'")),
         ("schedule=cosine", ("needs total_steps",)),

@@ -146,7 +146,7 @@ def test_columns_are_read_as_the_config_says(model: Path, tmp_path: Path) -> Non
     pairs.write_text("question\tanswer\nQ\tA\n")
     assert "question and answer are read as a chat" in onward("add", pairs, "--run", run).err
     assert_refused(
-        onward("init", tmp_path / "other", "--model", model, "--set", "columns.promt=q"), 2, "'promt' is no key"
+        onward("init", tmp_path / "other", "--model", model, "--set", "columns.promt=q"), 2, "'promt' is not a key"
     )
 
 

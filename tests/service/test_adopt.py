@@ -336,7 +336,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], None], type[OnwardError], str]] = {
     "moments of other shapes": (change("optimizer.pt", grow_moments), DamagedState, "has shape"),
     "fewer parameters": (change("optimizer.pt", lose_half), DamagedState, "parameter groups"),
     "a parameter without moments": (change("optimizer.pt", forget_one), DamagedState, "no AdamW moments for"),
-    "counters that disagree": (change("optimizer.pt", lag_behind), DamagedState, "Adam counts -1"),
+    "counters that disagree": (change("optimizer.pt", lag_behind), DamagedState, "Adam's counters disagree"),
     "more Adam steps than steps": (
         change("trainer_state.json", lambda v: v.update(global_step=STEPS - 1)), DamagedState, f"Adam counts {STEPS}"
     ),

@@ -170,6 +170,7 @@ def _load(adopted: Adopted, base: Path) -> tuple[TrainState, Findings, list[str]
     adam = state.view().adam_step()
     if not 0 < adam <= folder.step:
         what = f"Adam counts {adam} steps, trainer_state.json {folder.step}"
+        what = what if folder.step else "it was saved before the first step, so there are no moments to continue with"
         raise DamagedState(what, where=folder.path, hint=fresh_hint(folder.path))
     state.counters.step, state.counters.adam_origin = folder.step, folder.step - adam
     return state, findings, notes

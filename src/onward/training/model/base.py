@@ -165,7 +165,7 @@ def _from_hub(name: str, revision: str | None, *, download: bool, report: Callab
         return usable
     if not download:
         part = "is not in the local cache" if found is None else "is in the local cache only in part, without weights"
-        hint = f"Only init downloads: onward init NEW_RUN --model {quoted(name)}"
+        hint = f"Only init and adopt download: onward init NEW_RUN --model {quoted(name)}"
         raise ModelError(f"the model {name!r} {part}", where="model", hint=hint)
     report(f"downloading {name}")
     try:

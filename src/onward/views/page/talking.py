@@ -144,7 +144,8 @@ def require_wish(wish: Mapping[str, Any]) -> dict[str, Any]:
     known: dict[str, Any] = {name: wish[name] for name in WISHED if wish.get(name) is not None}
     for name, value in known.items():
         if isinstance(value, bool) or not isinstance(value, WISHED[name]):
-            raise UsageError(f"{name} is no such value", where=name)
+            kind = "a string" if WISHED[name] is str else "a number"
+            raise UsageError(f"{name} must be {kind}", where=name)
         least, most = RANGES.get(name, (None, None))
         if least is not None and not least <= value <= most:
             raise UsageError(f"{name} must be from {least} to {most}", where=name)
