@@ -80,10 +80,11 @@ def find_step(ledger: Ledger, to: str, steps: Sequence[int], option: str = "--to
         )
     if step is not None:
         return step
+    kept = ", ".join(map(str, sorted(steps))) or "none"
     raise UsageError(
         f"{to!r} is neither a finished file nor the step of a boundary",
         where=option,
-        hint=f"Finished files: {_listed(done)}. Restore points at steps: {', '.join(map(str, sorted(steps))) or 'none'}.",
+        hint=f"Finished files: {_listed(done)}. Restore points at steps: {kept}.",
     )
 
 
