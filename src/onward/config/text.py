@@ -167,5 +167,6 @@ def _describe(problem: Any) -> str:
     if problem["type"] == "model_type":
         first = next(name for name in known_keys() if name.startswith(f"{key}."))
         message = f"it is a section, whose keys are written with a dot, such as {first}"
+    message = message.replace("a valid tuple", "a list").replace("a valid dictionary", "a mapping of names to values")
     shown = "its value" if key.partition(".")[0] in NEAR_SECRETS else _as_typed(value)
     return f"{key}: {shown} is refused: {message[:1].lower()}{message[1:]}{near}"
