@@ -18,6 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import onward as onward_package
 from onward import Run
+from onward.cli import entry
 from onward.config.text import read_config
 from onward.errors import UsageError
 from onward.service.lock import RunLock
@@ -310,6 +311,17 @@ def test_a_current_directory_that_was_removed_is_said(command: tuple[str, ...], 
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert 2 == done.returncode
     assert "the current directory was removed" in done.stderr
+
+
+def test_no_place_for_models_names_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the default model cannot be kept, or no home directory is known, as in a container with any user."""
+    monkeypatch.setenv("ONWARD_CACHE", "/proc/nowhere")
+    assert_refused(onward("init", tmp_path / "new"), 1, "[/proc/nowhere", "Set ONWARD_CACHE")
+    with pytest.raises(RuntimeError) as raised:
+        Path("~nobody-of-this-name").expanduser()
+    words = entry._about_machine(raised.value)
+    assert words is not None
+    assert (2, True) == (words.exit_status, str(words.hint).startswith("Set HOME"))
 
 
 def test_no_place_for_temporary_files_names_the_variable(untouched: Path, monkeypatch: pytest.MonkeyPatch) -> None:

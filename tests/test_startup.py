@@ -243,3 +243,10 @@ def test_an_interrupt_is_not_lost_in_a_finalizer() -> None:
     """Python prints a Ctrl-C that comes while an object is finalized, and goes on; the command line ends."""
     done = subprocess.run([sys.executable, "-c", FINALIZED], capture_output=True, text=True, check=False, timeout=300)
     assert ("interrupted\n", "") == (done.stdout, done.stderr)
+
+
+def test_a_library_that_counts_what_is_left_is_recognised() -> None:
+    """Its types have a metaclass of nanobind's, and its objects are freed at the end, so that none is complained of."""
+    bound = type("nb_type_0", (type,), {"__module__": "nanobind"})
+    assert bound in type.__subclasses__(type)
+    assert startup.counts_what_is_left()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import sqlite3
 import sys
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from onward.terminal import flush_results, give_up_unwritten, open_standard_stre
 
 CommandLineError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])
 """`ClickException`, from click itself or from the copy of click inside typer."""
+NO_HOME = "Could not determine home directory."
+"""What pathlib says where neither HOME nor the system's users name one."""
 INTERRUPTED = 130
 """The exit status that typer gives a second Ctrl-C."""
 
@@ -101,13 +104,29 @@ def _about_machine(error: OSError | MemoryError | RuntimeError) -> OnwardError |
         place, hint = error.filename or "system", "onward doctor says more."
         if is_without_temporary(error):
             hint = "Set TMPDIR to a folder that you may write, then repeat the command."
+        elif _is_of_the_cache(error):
+            hint = "Set ONWARD_CACHE to a folder that has room and that you may write, then repeat the command."
         return OnwardError(error.strerror or str(error), where=place, hint=f"{safe}. {hint}")
+    if what == NO_HOME:
+        hint = "Set HOME to a folder that you may write, then repeat the command. For models, ONWARD_CACHE suffices."
+        return UsageError("this user has no home directory", where="HOME", hint=hint)
     if "torch" in sys.modules:
         from onward.training.device.errors import is_device_lost
 
         if is_device_lost(error):
             return DeviceLost(f"the GPU was lost to this process: {what}", hint=f"{safe}. Repeat the command.")
     return None
+
+
+def _is_of_the_cache(error: OSError) -> bool:
+    """Whether the system refused something in the folder in which models are kept."""
+    embedded = sys.modules.get("onward.training.model.embedded")  # else nobody asked for a model
+    if embedded is None or error.filename is None:
+        return False
+    try:
+        return Path(os.fsdecode(error.filename)).is_relative_to(embedded.cache_directory())
+    except (RuntimeError, TypeError):  # there is no home directory; a file is named by its descriptor
+        return False
 
 
 def _is_out_of_memory(error: OSError | MemoryError | RuntimeError) -> bool:
