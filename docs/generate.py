@@ -120,9 +120,9 @@ REFUSED_FILES: Sequence[tuple[str, str, bytes]] = (
 LIMITS: Sequence[tuple[str, str]] = (
     (
         "max_row_mb",
-        "a row, in the file and as the text that is tokenized; a value counts for more than its text",
+        "MiB of a row, in the file and as the text that is tokenized; a value counts for more than its text",
     ),
-    ("max_unpacked_mb", "all that a compressed, Parquet or Arrow file unpacks to"),
+    ("max_unpacked_mb", "MiB to which a compressed, Parquet or Arrow file unpacks"),
     ("max_unpack_ratio", "the same, as a multiple of the file's size; judged above 16 MiB"),
 )
 """Key and what it bounds."""
@@ -317,8 +317,9 @@ refused: use another template, `chat_template: FILE`.
 FILES_TAIL = """\
 Any other error that the content causes in reading, parsing, rendering or tokenizing is a refusal too, and names the row
 where it was noticed. Special files, files that may not be read, files that change while they are read and files without
-rows are refused. A refused file gives exit status 3; a path that is missing or names a directory is wrong usage, exit
-status 2. A fault of the machine (disk, memory, file descriptors) never refuses a file: it is read again later.
+rows are refused. A refused file gives exit status 3; a path that is missing, or a directory that is no saved data set,
+is wrong usage, exit status 2. A fault of the machine (disk, memory, file descriptors) never refuses a file: it is read
+again later.
 
 A file is opened once, never through a symbolic link, and hashed while its rows are read: what is trained has the hash
 that is in the ledger.
@@ -354,7 +355,9 @@ the chat is rendered once more with unique words in its place. No row is trained
 
 The loss of a step is the mean over all covered tokens of all its rows, whatever `gradient_accumulation` is. If rows or
 answers have weights, it is the weighted mean: the sum of weight times loss, divided by the sum of the weights. The
-weight of a row multiplies that of an answer in it. `onward grid` measures without weights.
+weight of a row multiplies that of an answer in it. `onward grid` measures without weights. Only the anchor can be part
+of the loss besides ([What the model knows](knowledge.md#the-anchor)): there is no term for the routers of a mixture of
+experts, and no label smoothing.
 
 ## Rows that are too long
 

@@ -24,6 +24,7 @@ BESIDES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "SECUR
 FIRST = (
     "index.md",
     "quickstart.md",
+    "python.md",
     "install.md",
     "operations.md",
     "launch.md",

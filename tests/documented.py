@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,9 +58,21 @@ class Block:
     def run(self) -> None:
         """Run it in the working directory; it has to end as the page says."""
         if self.language == "python":
-            exec(compile(self.body, self.page.name, "exec"), {"__name__": self.page.stem})
+            with _same_environment():
+                exec(compile(self.body, self.page.name, "exec"), {"__name__": self.page.stem})
         else:
             assert run(self.script()) in self.statuses, self.body
+
+
+@contextlib.contextmanager
+def _same_environment() -> Generator[None]:
+    """Have the environment after the body that was there before: other tests run in this process."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def blocks(page: Path) -> list[Block]:

@@ -17,6 +17,7 @@ from documented import DOCS, PACKAGE, blocks, blocks_for, prepare
 from ledgers import made_up_run
 from runs import new_run
 
+import onward
 from onward.data.rows.records import parse_record
 from onward.training.checkpoints.checkpoint import Manifest
 
@@ -26,7 +27,8 @@ DAYS = ("monday", "tuesday")
 FIRST_SESSION = (DOCS / "quickstart.md", ROOT / "README.md", DOCS / "checkpoint-format.md")
 UNATTENDED = (DOCS / "operations.md",)
 WITH_A_RUN = tuple(
-    DOCS / f"{name}.md" for name in ("figures", "trackers", "agents", "install", "chat", "export", "serve", "launch")
+    DOCS / f"{name}.md"
+    for name in ("figures", "trackers", "agents", "install", "chat", "export", "serve", "launch", "python")
 )
 """Pages whose marked blocks the tests below run, by what they begin with."""
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -159,6 +161,7 @@ def test_commands_of_the_pages_run(program: Path, model: Path, tmp_path: Path, m
         block.run()
 
 
+@pytest.mark.slow
 def test_the_page_on_unattended_runs_runs(
     program: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,6 +172,13 @@ def test_the_page_on_unattended_runs_runs(
         block.run()
     told = [json.loads(line) for line in (tmp_path / "told.jsonl").read_text().splitlines()]
     assert ["rejected"] == [entry["kind"] for entry in told][:1]
+
+
+def test_the_page_on_python_names_what_is_public() -> None:
+    """Every public name of the package is in the page's table, and no other."""
+    tables = (section(DOCS / "python.md", title) for title in ("What is public", "Errors"))
+    cells = [cell for table in tables for cell in re.findall(r"^\| (.*?) \|", table, re.M)]
+    assert set(onward.__all__) == set(re.findall(r"`(\w+)`", "".join(cells)))
 
 
 def test_every_page_that_promises_to_be_run_is() -> None:
@@ -183,6 +193,13 @@ def test_every_extra_is_explained() -> None:
     rows = re.findall(r"^\| ((?:`[a-z]+`(?:, )?)+) \|", (DOCS / "install.md").read_text(encoding="utf-8"), re.M)
     explained = {name for row in rows for name in re.findall(r"[a-z]+", row)}
     assert set(project["optional-dependencies"]) - {"dev", "bench", "browser", "image"} == explained
+
+
+def test_every_variable_is_explained() -> None:
+    """The page on installing names each variable of Onward's own, but those that it sets for its own processes."""
+    sources = "".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
+    named = set(re.findall(r"^\| `(ONWARD_\w+)`", (DOCS / "install.md").read_text(encoding="utf-8"), re.M))
+    assert set(re.findall(r"ONWARD_[A-Z_]+", sources)) - {"ONWARD_FIRST_NODE"} == named
 
 
 def test_blocks_that_other_tests_run_are_run() -> None:

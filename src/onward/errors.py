@@ -14,6 +14,11 @@ from onward.text import printable
 
 END_OTHERS = "End other processes that use the memory (nvidia-smi, top)"
 """What helps wherever memory ran out."""
+NEWER_RELEASE = (
+    "Use the release that wrote it, or a newer one: pip install --upgrade onward; from a checkout: git pull, then pip "
+    "install ."
+)
+"""What helps wherever an earlier release meets what a later one wrote."""
 NO_THREAD = "can't start new thread"
 """What Python says if a thread finds no room for its stack."""
 _AGAIN = "then the same command again. Nothing was removed."
@@ -52,9 +57,17 @@ class OnwardError(Exception):
         remedy = f"\n  {printable_lines(self.hint)}" if self.hint else ""
         return f"{printable_lines(self.what)}{place}{remedy}"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _made_again, (type(self), self.args), self.__dict__
+
     def to_dict(self) -> dict[str, str | int | None]:
         """Return the error as plain values, as the page answers with it."""
         return {"error": self.what, "where": self.where, "hint": self.hint, "exit_status": self.exit_status}
+
+
+def _made_again(kind: type[OnwardError], args: tuple[Any, ...]) -> OnwardError:
+    """Return an error as another process raised it, without its constructor's arguments; its rest is set after."""
+    return kind.__new__(kind, *args)
 
 
 class UsageError(OnwardError):

@@ -89,6 +89,11 @@ class Run(Owning):
             fresh_moments: take the weights alone, for a checkpoint whose optimizer is missing or of another kind.
             report: receives a line for everything that was taken over, was set or is unknown.
             loading: as for `Run`.
+
+        Raises:
+            ConfigError, UsageError: a setting is refused, it is no such checkpoint, or `directory` is in use.
+            DamagedState: files of the checkpoint are missing or contradict each other.
+            ModelError: the base model is missing or unusable, or cannot be proven right.
         """
         layout = RunLayout(Path(directory))
         with place_for_run(layout), defaults_of_torch():
@@ -106,10 +111,16 @@ class Run(Owning):
         """Check files and put them in the stream, all or none; a process that trains picks them up by itself.
 
         Args:
+            priority: `high`, `normal` or `low`.
+            again: whether content that is in the stream already is trained once more.
             report: receives a line for each row that was left out.
+
+        Returns:
+            One entry per file, in order, with the keys of `onward add --json` and others that may change.
 
         Raises:
             FileRejected: a file was refused; its report is in `rejected/`.
+            UsageError: there is no such file or no such priority.
         """
         require_priority(priority)
         with self._ledger_to_change() as ledger:
@@ -130,6 +141,7 @@ class Run(Owning):
         """Add files and train everything that waits, in order; return the history entries of the files done now.
 
         Args:
+            again: as for `add`.
             observe: receives every event; what it raises is reported once, and training continues. What it sets for
                 torch lasts as long as its call.
             stop: `stop.ask(reason)` ends training: the current step is finished and committed. Without one, Ctrl-C does
@@ -137,6 +149,7 @@ class Run(Owning):
 
         Raises:
             RunLocked: another process owns the run.
+            UsageError: there is no such file.
             FileRejected: a file was refused, and nothing was trained; or the guard took one back, and the others were
                 trained.
             OnwardError: training cannot continue; what was committed stays.
@@ -203,6 +216,11 @@ class Run(Owning):
 
         Args:
             file: its name, position or hash prefix; None for the current one.
+            reason: what the ledger and `history` give as the reason.
+            patience: seconds to wait for the answer of a process that trains.
+
+        Returns:
+            What was done, in words.
 
         Raises:
             UsageError: no such file waits, or no file is being trained.
@@ -227,6 +245,10 @@ class Run(Owning):
     def verify(self, *, deep: bool = False) -> Proof:
         """Check the run's proof; `deep` trains again from the last boundary in a scratch directory and compares.
 
+        Returns:
+            `proof.ok`, and `proof.checks`, each with `name`, `ok` and `detail`. A claim that does not hold is one of
+            them, and is not raised.
+
         Raises:
             RunLocked: another process trains; a proof needs a state that does not change.
         """
@@ -241,6 +263,9 @@ class Run(Owning):
 
         Its files are hard links where the file system allows: read them, but do not change them.
 
+        Returns:
+            The manifest; `manifest.step` is the global step, `manifest.size` the bytes of all files.
+
         Raises:
             UsageError: `target` exists already, or nothing was committed yet.
             DamagedState: the newest checkpoint is not what was committed.
@@ -254,7 +279,15 @@ class Run(Owning):
     def rollback(self, to: str | int, *, requeue: bool = False) -> dict[str, Any]:
         """Go back to the boundary after a file (name, position or hash prefix) or at a step; later files are undone.
 
+        Args:
+            to: a number that is both a position and a step is refused; `file:4` and `step:4` say which is meant.
+            requeue: whether the later files wait to be trained again.
+
+        Returns:
+            `global_step` and the names of the files that were `undone`.
+
         Raises:
+            RunLocked: another process owns the run.
             UsageError: there is no such file, or no restore point for it.
         """
         with self._owned() as ledger:
@@ -270,7 +303,11 @@ class Run(Owning):
 
         If it is stopped or killed, `train` or `watch` continues it.
 
+        Returns:
+            `global_step`, the file that it is now `without`, and the names of those that were `queued` again.
+
         Raises:
+            RunLocked, OnwardError, KeyboardInterrupt: as for `train`.
             UsageError: there is no such file.
         """
         from onward.service.state.rollback import leave_out
@@ -285,7 +322,11 @@ class Run(Owning):
 
         An adopted run is back at the step that it was adopted at.
 
+        Returns:
+            `global_step` and the names of the files that were `undone`.
+
         Raises:
+            RunLocked: another process owns the run.
             UsageError: the adopted state is no longer kept.
         """
         with self._owned() as ledger:

@@ -171,7 +171,7 @@ def large_imports() -> Generator[None]:
     except ValueError as error:
         if sys.flags.optimize < _WITHOUT_DOCSTRINGS:
             raise
-        what, hint = "Python leaves docstrings out, and transformers cannot be imported without", "-O (1) works."
+        what, hint = "Python leaves docstrings out, and transformers cannot be imported without them", "-O (1) works."
         raise UsageError(what, where="-OO or PYTHONOPTIMIZE=2", hint=hint) from error
     finally:
         if was_enabled:

@@ -112,6 +112,7 @@ def absent() -> None:
         form(Place(place.rank, 3, place.rank, 3), 5.0, print)
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_come_is_named() -> None:
     """Who is there says who is not, and ends."""
     assert [0, 0] == call_on_ranks(absent, 2)

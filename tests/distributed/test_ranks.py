@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -115,7 +116,8 @@ def test_a_killed_rank_ends_all(lost: int, made: Run, files: list[Path], alone: 
     assert_same_state(alone, root)
 
 
-@pytest.mark.parametrize("sharding", ["off", pytest.param("full", marks=[pytest.mark.shards, pytest.mark.slow])])
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["off", pytest.param("full", marks=pytest.mark.shards)])
 def test_a_frozen_rank_ends_all(sharding: str, model: Path, files: list[Path], tmp_path: Path) -> None:
     """A rank that is stopped shows no sign of life: after `rank_timeout` the others name it and end.
 
@@ -163,4 +165,30 @@ def test_devices_on_the_command_line(made: Run, files: list[Path], alone: Path, 
     lost = f"rank 0 (pid {killed.read_text().strip()}) was ended by SIGKILL"
     assert f"{lost}; 1 device goes on from the last commit" in ended.stderr
     assert [file.name for file in files] == [entry["name"] for entry in json.loads(ended.stdout)]
+    assert_same_state(alone, made.layout.root)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_all_processes_of_a_command_commits(
+    number: signal.Signals, made: Run, files: list[Path], alone: Path, tmp_path: Path
+) -> None:
+    """A scheduler or a closed terminal signals every process: rank 0 commits, and the command has not failed."""
+    program, done, go_on = tmp_path / "wait", tmp_path / "done", tmp_path / "go_on"
+    program.write_text(f"#!/bin/sh\ntrap '' TERM HUP\n: > {done}\nuntil [ -e {go_on} ]; do sleep 0.1; done\n")
+    program.chmod(0o755)
+    configure(made, notify={"command": str(program), "events": ["done"]})
+    words = [sys.executable, "-P", "-m", "onward", "train", "--devices", "2", "--run", made.layout.root, *files]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True) as command:
+        try:
+            until(done.exists)
+            os.killpg(command.pid, number)
+            go_on.touch()
+            _, said = command.communicate(timeout=60)
+        finally:
+            command.kill()
+    assert 0 == command.returncode, said
+    assert f"stopped ({number.name})" in said
+    assert "Traceback" not in said
+    assert 0 == train(made.layout.root)
     assert_same_state(alone, made.layout.root)

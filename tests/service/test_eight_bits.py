@@ -38,11 +38,13 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(outcome.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_steps_are_those_of_bitsandbytes(seen: dict[str, Any]) -> None:
     """Equal gradients give the weights and moments of its own optimizer, bit for bit."""
     assert seen["equal"]
 
 
+@pytest.mark.slow
 def test_runs_are_exact(seen: dict[str, Any]) -> None:
     """One process, and a killed one gone on with, end with equal files; a replay gives them again."""
     assert [0, -signal.SIGKILL, 0, 0, 0] == seen["statuses"]
@@ -51,11 +53,13 @@ def test_runs_are_exact(seen: dict[str, Any]) -> None:
     assert [] == seen["checks that fail"]
 
 
+@pytest.mark.slow
 def test_moments_begin_anew_at_a_boundary(seen: dict[str, Any]) -> None:
     """`boundary: reset_moments` starts moments and counter from nothing: 3 steps of the second file."""
     assert 3 == seen["steps of Adam"]
 
 
+@pytest.mark.slow
 def test_moments_take_what_the_method_says(seen: dict[str, Any]) -> None:
     """That is about a quarter of AdamW's: more here, where small weights have moments of 32 bits."""
     kept, said, in_32_bits = seen["bytes"]
@@ -63,6 +67,7 @@ def test_moments_take_what_the_method_says(seen: dict[str, Any]) -> None:
     assert 0.35 > kept / in_32_bits
 
 
+@pytest.mark.slow
 def test_trainers_go_on_and_are_adopted(seen: dict[str, Any]) -> None:
     """A stock Trainer goes on from our moments; its moments, and those of a fresh one, become a run's, each bit."""
     expected = {"optimizer": "adamw_8bit", "same": True, "verifies": True}

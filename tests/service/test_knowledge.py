@@ -118,6 +118,7 @@ def test_the_proof_recomputes_what_was_replayed(whole: Run) -> None:
     assert ["file 2 (b.jsonl): the rows recorded as replayed are not those that were chosen"] == failed
 
 
+@pytest.mark.slow
 def test_several_processes_are_one(whole: Run, model: Path, files: list[Path], tmp_path: Path) -> None:
     """Stopped at each step, in a process for each file, killed while it measures: states and grid are equal."""
     run = Run.create(tmp_path / "run", str(model), **SETTINGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import shutil
 from collections.abc import Callable
@@ -9,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from runs import new_run
 
 from onward import Run
 from onward.digest import xxh3_file
-from onward.errors import RunLocked
+from onward.errors import ConfigError, RunLocked
 from onward.service.lock import RunLock
 from onward.store.ledger import Ledger
 
@@ -72,6 +74,7 @@ ANOTHER_STEP = "UPDATE checkpoints SET step = step - 1 WHERE step = (SELECT max(
 
 TAMPERING: dict[str, tuple[Callable[[Path], None], str]] = {
     "a file of the state": (raise_counter, "state files"),
+    "a lost file": (lambda root: next((root / "current_model").glob("*/trainer_state.json")).unlink(), "state files"),
     "a second checkpoint": (lambda root: put_back(root, 6), "one checkpoint"),
     "a temporary file": (lambda root: (root / "current_model" / ".tmp-checkpoint-6").mkdir(), "one checkpoint"),
     "a root file": (lambda root: (root / "current_model" / "optimizer.pt").unlink(), "root files"),
@@ -104,6 +107,7 @@ def test_tampering_is_named(name: str, trained: Path, tmp_path: Path) -> None:
     proof = Run(root).verify(deep=check == "replay")
     assert not proof.ok
     assert check in [entry.name for entry in proof.checks if not entry.ok]
+    assert [] == [entry.detail for entry in proof.checks if "Errno" in entry.detail]
 
 
 def test_proof_of_a_new_run(model: Path, tmp_path: Path) -> None:
@@ -120,6 +124,21 @@ def test_deep_proof_trains_again(trained: Path) -> None:
     assert proof.ok
     assert "4 steps from step 6 trained again" in proof.checks[-1].detail
     assert before == {path: path.read_bytes() for path in trained.rglob("*.safetensors")}
+
+
+def test_a_machine_that_computes_wrong_says_nothing_about_the_run(trained: Path) -> None:
+    """Where no product is sure to be whole, `deep` is refused with the setting, and is no failed verification."""
+    openmp, threads = ctypes.CDLL(None), torch.get_num_threads()
+    if not hasattr(openmp, "omp_set_dynamic"):
+        pytest.skip("this release of PyTorch has no OpenMP")
+    try:
+        torch.set_num_threads(2)
+        openmp.omp_set_dynamic(1)
+        with pytest.raises(ConfigError, match="products would be wrong"):
+            Run(trained).verify(deep=True)
+    finally:
+        openmp.omp_set_dynamic(0)
+        torch.set_num_threads(threads)
 
 
 def test_no_proof_of_a_state_that_moves(trained: Path) -> None:

@@ -109,8 +109,8 @@ def test_a_body_is_an_object_with_known_keys() -> None:
         read(body) for body in (b"", b" \n", b'{"to": "x"}', b'{"requeue": 1}'.ljust(BODY_BYTES))
     ]
     for body, where, words in (
-        (b"x", "body", "no JSON"), (b"\xff", "body", "no JSON"), (b"[" * 50_000, "body", "no JSON"),
-        (b"[]", "body", "no JSON object"), (b"null", "body", "no JSON object"), (b'"x"', "body", "no JSON object"),
+        (b"x", "body", "not JSON"), (b"\xff", "body", "not JSON"), (b"[" * 50_000, "body", "not JSON"),
+        (b"[]", "body", "a JSON object"), (b"null", "body", "a JSON object"), (b'"x"', "body", "a JSON object"),
         (b"{}".ljust(BODY_BYTES + 1), "body", f"more than {BODY_BYTES} bytes"), (b'{"To": 1}', "To", "by this name"),
         (b'{"to\\u001b": 1}', r"to\x1b", "by this name"),
     ):  # fmt: skip

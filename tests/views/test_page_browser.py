@@ -227,6 +227,7 @@ def _fits(page: Any) -> None:
     assert "First loss" in stream.locator("td[data-label]").nth(4).get_attribute("data-label")
 
 
+@pytest.mark.slow
 def test_the_page_follows_what_becomes_of_a_run(tmp_path: Path, browser: Any) -> None:
     """Whatever happens while it is open: a request is about the file that it was asked for, what was undone is not
     drawn any more, an answer can be stopped, a folder is told from a file, and no news is missed while it is apart.
@@ -306,6 +307,7 @@ def _takes_no_folder(page: Any, tmp_path: Path) -> None:
     sync_api.expect(page.locator("#toasts")).to_contain_text("rows is a folder")
 
 
+@pytest.mark.slow
 def test_files_whose_names_begin_alike_can_be_told_apart_in_the_grid(tmp_path: Path, browser: Any) -> None:
     """A name is cut off where it is longer than its cell: the file's position stands before it."""
     names = [f"2026-11-27-support-chats-part-{number:04d}.jsonl" for number in range(2)]

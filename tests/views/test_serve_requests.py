@@ -116,18 +116,18 @@ def test_what_the_other_address_follows_is_refused() -> None:
         ({"messages": [*MESSAGES, "x"]}, "messages[1] has no role"),
         ({"messages": [*MESSAGES, {"content": "x"}]}, "messages[1] has no role"),
         ({"messages": [{"role": 1, "content": "x"}]}, "messages[0] has no role"),
-        ({"messages": [{"role": "user", "content": 5}]}, "the content of messages[0] is not a text"),
+        ({"messages": [{"role": "user", "content": 5}]}, "the content of messages[0] is not a string"),
         *(
             ({"messages": [{"role": "user", "content": [part]}]}, "messages[0] contains something other than text")
             for part in ("x", {"type": "image_url", "text": "x"}, {"type": "text"}, {"type": "text", "text": 5}, {})
         ),
-        ({"tools": {}}, "tools must be of type list"),
+        ({"tools": {}}, "tools must be a list"),
         ({"tools": [{}, "x"]}, "tools must be objects"),
-        ({"stop": [1]}, "stop must be a text or a list of texts"),
-        ({"stop": {"a": 1}}, "stop must be a text or a list of texts"),
-        ({"stream": 1}, "stream must be of type bool"),
-        ({"stream_options": True}, "stream_options must be of type dict"),
-        ({"stream_options": {"include_usage": "no"}}, "include_usage must be of type bool"),
+        ({"stop": [1]}, "stop must be a string or a list of strings"),
+        ({"stop": {"a": 1}}, "stop must be a string or a list of strings"),
+        ({"stream": 1}, "stream must be true or false"),
+        ({"stream_options": True}, "stream_options must be an object"),
+        ({"stream_options": {"include_usage": "no"}}, "include_usage must be true or false"),
         *(({key: True}, f"{key} must be a number") for key in ("temperature", "top_p")),
         *(
             ({key: True}, f"{key} must be a whole number")
@@ -153,7 +153,7 @@ def test_what_makes_no_sense_is_refused(values: dict[str, Any], words: str) -> N
 @pytest.mark.parametrize("prompt", [None, 5, [], ["a", "b"], [[1, 2]], [1, 2]])
 def test_a_prompt_is_one_text(prompt: Any) -> None:
     """Lists of texts, and tokens, are not supported."""
-    assert ("prompt", "prompt must be one text") == refused(completion, prompt=prompt)
+    assert ("prompt", "prompt must be one string") == refused(completion, prompt=prompt)
 
 
 @pytest.mark.parametrize("body", [None, 5, "x", [MESSAGES]])

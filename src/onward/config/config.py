@@ -163,7 +163,11 @@ class Config(Section):
         description="AdamW with moments in 32 bits, or in 8, rounded by block: a quarter of their memory (needs "
         "`onward[qlora]`).",
     )
-    weight_decay: Rate = Field(default=0.0, description="AdamW's decoupled weight decay (not on biases and norms).")
+    weight_decay: Rate = Field(
+        default=0.0,
+        description="AdamW's decoupled weight decay; not on biases and norms, which are told by their names, as by "
+        "transformers' Trainer.",
+    )
     betas: tuple[Fraction, Fraction] = Field(
         default=(0.9, 0.999), description="AdamW's decay rates of the two moments."
     )
@@ -190,22 +194,22 @@ class Config(Section):
         default=1, description="Number of times that a daemon trains a failed file again before it is quarantined."
     )
     disk_margin_mb: Index = Field(
-        default=4, description="Free megabytes, beyond the next checkpoint, below which training pauses."
+        default=4, description="Free MiB, beyond the next checkpoint, below which training pauses."
     )
     compress_archive: bool = Field(
         default=False, description="Keep the originals of finished files compressed (zstd); text formats only."
     )
     max_row_mb: Factor = Field(
-        default=16, description="Megabytes of a row, in the file or as it is tokenized, above which a file is refused."
+        default=16, description="MiB of a row, in the file or as it is tokenized, above which a file is refused."
     )
     max_unpacked_mb: Count = Field(
         default=65536,
-        description="Megabytes that a compressed, Parquet or Arrow file may unpack to; a larger one is refused.",
+        description="MiB that a compressed, Parquet or Arrow file may unpack to; a larger one is refused.",
     )
     max_unpack_ratio: Count = Field(
         default=200,
         description="Multiple of its size that a compressed, Parquet or Arrow file may unpack to; applies above 16 "
-        "megabytes.",
+        "MiB.",
     )
     rank_timeout: Annotated[float, BeforeValidator(refuse_bool), Field(ge=1.0, allow_inf_nan=False)] = Field(
         default=60.0,

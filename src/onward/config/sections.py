@@ -59,7 +59,7 @@ ROW_KEYS = (
 def _check_columns(columns: dict[str, str]) -> dict[str, str]:
     unknown = next((key for key in columns if key not in ROW_KEYS), None)
     if unknown is not None:
-        raise ValueError(f"{unknown!r} is no key of a row format; write {{KEY: COLUMN}} with {', '.join(ROW_KEYS)}")
+        raise ValueError(f"{unknown!r} is not a key of a row format; write {{KEY: COLUMN}} with {', '.join(ROW_KEYS)}")
     twice = next((name for name in columns.values() if list(columns.values()).count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"the column {twice!r} is named for two keys")

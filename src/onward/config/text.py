@@ -144,6 +144,11 @@ def _nearest(name: str) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def _as_typed(value: Any) -> str:
+    """Return a value as YAML has it where Python writes it another way."""
+    return _scalar(value) if value is None or isinstance(value, bool) else repr(value)
+
+
 _KINDS = ("function-", "list[", "literal[", "str")
 """How parts of a problem's place begin that name no key, but one of the kinds of values that it takes."""
 
@@ -162,5 +167,5 @@ def _describe(problem: Any) -> str:
     if problem["type"] == "model_type":
         first = next(name for name in known_keys() if name.startswith(f"{key}."))
         message = f"it is a section, whose keys are written with a dot, such as {first}"
-    shown = "its value" if key.partition(".")[0] in NEAR_SECRETS else repr(value)
+    shown = "its value" if key.partition(".")[0] in NEAR_SECRETS else _as_typed(value)
     return f"{key}: {shown} is refused: {message[:1].lower()}{message[1:]}{near}"

@@ -114,10 +114,10 @@ def check_text(text: str, where: str) -> None:
         ) from None
 
 
-def check_answer(text: str, where: str) -> None:
-    """Refuse an answer without text."""
+def check_answer(text: str, where: str, remedy: str = "write what the model should answer, or remove the row") -> None:
+    """Refuse an answer, or another text to train, that is empty."""
     if not text.strip() or not text.strip(UNSEEN):
-        raise RowError(f"{where} is empty", "write what the model should answer, or remove the row")
+        raise RowError(f"{where} is empty", remedy)
     check_text(text, where)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 
-from onward.errors import OnwardError
+from onward.errors import NEWER_RELEASE, OnwardError
 
 MIGRATIONS = (
     """
@@ -302,7 +302,7 @@ def _known_version(connection: sqlite3.Connection) -> int:
     if is_newer(version):
         raise OnwardError(
             f"the ledger has schema {version}, this release knows {len(MIGRATIONS)}",
-            hint="pip install --upgrade onward",
+            hint=NEWER_RELEASE,
         )
     return version
 

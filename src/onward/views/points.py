@@ -225,6 +225,6 @@ def _kept_folders(layout: RunLayout, ledger: Ledger) -> dict[int, Path]:
 
 
 def _no_longer_kept(layout: RunLayout, step: int, kept: Collection[int]) -> UsageError:
-    steps = ", ".join(map(str, sorted(kept)))
+    steps = ", ".join(map(str, sorted(kept))) or "none"
     hint = f"States of these steps are kept: {steps}. Give one as {AT} {STEP}N; keep_boundaries keeps more."
     return UsageError(f"the state of step {step} is no longer kept", where=layout.boundaries, hint=hint)

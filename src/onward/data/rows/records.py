@@ -144,7 +144,7 @@ def _alpaca_row(row: dict[str, Any], padded: bool) -> Chat:
 def _text_row(row: dict[str, Any], padded: bool) -> Text:
     text = _string(row, "text")
     _refuse_next_to(row, OF_CHATS, "plain text", "write the row as messages, or take {key} out")
-    check_answer(text, "text")
+    check_answer(text, "text", "write the text to train, or remove the row")
     return Text(text, _ignored(row, ("text", *WEIGHT_KEYS)), _weight(row))
 
 

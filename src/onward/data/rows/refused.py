@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -36,7 +37,7 @@ def refuse_known(row: dict[str, Any]) -> None:
             raise RowError(f'the row has "{key}": Onward does not train on preferences', ONE_ANSWER)
     for key in LABEL_KEYS:
         if _is_bad(row[key], row) if key in row else False:
-            raise RowError(f'"{key}" is {row[key]!r}: the answer is labelled as bad', "remove the row")
+            raise RowError(f'"{key}" is {json.dumps(row[key])}: the answer is labelled as bad', "remove the row")
     for key in MEDIA_KEYS:
         if row.get(key):
             raise RowError(f'the row has "{key}": only text is trained', f'remove the row, or its "{key}"')

@@ -147,7 +147,8 @@ class Evaluation:
     def answers(self, model: nn.Module, row: FileRow, tokens: TokenizedFile) -> dict[str, Any]:
         """Judge, before its first step, whether a file's answers say anything and belong to their questions."""
         order = rows_in_question(self._session.config.seed, row.sha256, tokens.rows, LOOKS[-1])
-        found = judged([tokens.row(place) for place in order], partial(self.row_losses, model), self._known(row))
+        rows, longest = [tokens.row(place) for place in order], self._session.capacity.learned_positions
+        found = judged(rows, partial(self.row_losses, model), self._known(row), longest)
         return found | {"lines": [tokens.line(order[place]) for place in found.pop("worst")]}
 
     def _known(self, row: FileRow) -> Iterator[Sequence[Row]]:

@@ -16,6 +16,7 @@ import threading
 import uuid
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, fields
+from multiprocessing import forkserver, resource_tracker
 from types import FrameType
 from typing import Any
 
@@ -88,6 +89,7 @@ def run_on(devices: Devices, command: Command, words: Sequence[str], say: Callab
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // devices.most)))
     os.environ["PYTHONSAFEPATH"] = "1"  # a run's directory holds other people's files: import nothing from it
     multiprocessing.set_forkserver_preload(list(PRELOADED))
+    _start_server()
     name = uuid.uuid4().hex
     with tempfile.TemporaryDirectory(prefix="onward-") as folder, _passing_on() as stopped:
         for starts, count in enumerate(range(devices.most, devices.least - 1, -1)):
@@ -117,7 +119,7 @@ def _run_once(config: Any, command: Command, words: Sequence[str], starts: int) 
         logging.getLogger(library).setLevel(logging.CRITICAL)  # they report every start and end
     with _ending_the_rest():
         try:
-            return int(elastic_launch(config, command)(words, starts)[0])
+            return int(elastic_launch(config, _listening)(command, words, starts)[0])
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             if failure.exitcode == LOST:
@@ -125,6 +127,23 @@ def _run_once(config: Any, command: Command, words: Sequence[str], starts: int) 
             if failure.exitcode < 0:
                 return _Loss(f"rank {rank} (pid {failure.pid}) was ended by {failure.signal_name()}")
             return 1
+
+
+def _start_server() -> None:
+    """Start the process that forks the others. It reports how they end, so it must outlive a signal to the group."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        for server in (resource_tracker, forkserver):
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # the tracker's start unblocks some
+            server.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _listening(command: Command, words: Sequence[str], starts: int) -> int:
+    """Carry out a command in a process that was forked with its signals blocked."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    return command(words, starts)
 
 
 def _config(name: str, count: int, folder: str) -> Any:
@@ -160,7 +179,8 @@ def _passing_on() -> Generator[list[str]]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid or 0, number)
 
-    before = {number: signal.signal(number, pass_on) for number in _SIGNALS}
+    heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup leaves SIGHUP
+    before = {number: signal.signal(number, pass_on) for number in heard}
     try:
         yield passed
     finally:

@@ -28,7 +28,7 @@ from onward.text import how_many
 from onward.training.boundary import cross_boundary
 from onward.training.checkpoints.checkpoint import Manifest, inspect_checkpoint
 from onward.training.checkpoints.loading import load_state
-from onward.training.device.environment import promises_bits, same_environment
+from onward.training.device.environment import differences, promises_bits, same_environment
 from onward.training.model.weights import save_weights
 from onward.training.state import TrainState
 from onward.training.trainer import Trainer
@@ -60,7 +60,7 @@ def replay(layout: RunLayout, ledger: Ledger) -> str:
             )
         if not same_environment(session.environment, target.environment):
             raise VerificationFailed(
-                f"the state was made elsewhere: {target.environment}, here {session.environment}",
+                f"the state was made elsewhere: {differences(target.environment, session.environment)}",
                 hint=EXACT,
             )
         config = stored_config(start.config)

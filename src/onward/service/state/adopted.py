@@ -113,5 +113,9 @@ def _listed(values: Mapping[str, Any], keys: list[str]) -> str:
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str | list | dict) and not value:
+        return "none"
     items = cast(list[object], value) if isinstance(value, list) else [value]
     return " ".join(f"{item:g}" if isinstance(item, float) else str(item) for item in items)

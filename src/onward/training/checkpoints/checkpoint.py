@@ -20,7 +20,7 @@ from torch import nn
 from onward.atomic import TEMPORARY_PREFIX, discard_tree, fsync_file, publish_directory, remove_tree, write_file
 from onward.config import Config
 from onward.digest import canonical_json, sha256_json, xxh3_file
-from onward.errors import NoSpace, NotMadeHere, Unreadable, VerificationFailed, is_out_of_space
+from onward.errors import NEWER_RELEASE, NoSpace, NotMadeHere, Unreadable, VerificationFailed, is_out_of_space
 from onward.layout import MANIFEST
 from onward.stated import NO_SUCH_FILE, read_manifest
 from onward.training.checkpoints import huggingface
@@ -275,7 +275,7 @@ def _digest_of(values: dict[str, Any]) -> str | None:
 
 
 def _other_release(what: str, folder: Path) -> Unreadable:
-    return Unreadable(what, where=folder / MANIFEST, hint="Use the release that wrote it: pip install -U onward")
+    return Unreadable(what, where=folder / MANIFEST, hint=NEWER_RELEASE)
 
 
 def _check_file(path: Path, entry: Mapping[str, Any]) -> str | None:

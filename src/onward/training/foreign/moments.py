@@ -225,9 +225,7 @@ def load_into(state: TrainState, moments: Moments, folder: TrainerFolder) -> lis
             raise DamagedState(f"{name}: {problem}", where=path)
     counts = sorted({int(entry[state.method.counter]) for entry in named.values()})
     if len(counts) > 1:
-        what = (
-            f"Adam counts -1: its counters disagree (from {counts[0]} to {counts[-1]}), so some weights skipped steps"
-        )
+        what = f"Adam's counters disagree (from {counts[0]} to {counts[-1]}): some weights skipped steps"
         raise DamagedState(what, where=path, hint=fresh_hint(folder.path))
     numbers = {name: number for number, name in enumerate(state.parameters)}
     entries = {

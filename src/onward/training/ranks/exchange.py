@@ -21,7 +21,7 @@ from onward.training.steps.gradients import added, put, taken
 from onward.training.world import World
 
 BUCKET = 1 << 24
-"""How many numbers of a gradient are moved at a time: 64 MB of float32."""
+"""How many numbers of a gradient are moved at a time: 64 MiB of float32."""
 
 Part = TypeVar("Part")
 Compute = Callable[[Sequence[Part]], torch.Tensor]

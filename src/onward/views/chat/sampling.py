@@ -1,25 +1,15 @@
-"""How an answer is drawn: settings, and draws that are a function of the seed.
-
-transformers draws from the process's global generator. Here Gumbel noise from a generator of the answer's own is added
-to the scores, and the largest is taken: the distribution is the same (Gumbel-max trick; Maddison et al., arXiv
-1411.0030), and simultaneous answers do not disturb each other.
-"""
+"""How an answer is drawn: the settings. Importing them loads no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from typing import TYPE_CHECKING
 
 from onward.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LogitsProcessorList
 
 COLD = 1e-30
 """Temperatures below are 0: the largest of float32 scores divided by them would not be finite."""
@@ -60,6 +50,10 @@ class Sampling:
 
     def processors(self, device: torch.device) -> LogitsProcessorList:
         """Return the processors that turn a model's scores into ones whose largest is the next token."""
+        from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+        from onward.views.chat.noise import Noise
+
         made = LogitsProcessorList()
         if self.temperature < COLD:
             return made
@@ -68,24 +62,5 @@ class Sampling:
             made.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1.0:
             made.append(TopPLogitsWarper(self.top_p))
-        made.append(_Noise(self.seed, device))
+        made.append(Noise(self.seed, device))
         return made
-
-
-class _Noise(LogitsProcessor):
-    """Adds Gumbel noise to scores, so that the largest is a draw from their distribution."""
-
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self._generator = torch.Generator(device).manual_seed(seed)
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        """Return scores with noise.
-
-        Args:
-            input_ids: the tokens so far, shape (1, T).
-            scores: scores of the next token, shape (1, V).
-        """
-        del input_ids
-        wide: torch.Tensor = scores.float()
-        noise = torch.empty_like(wide).exponential_(generator=self._generator).log()
-        return wide - noise

@@ -107,9 +107,9 @@ async def wanted(request: Request, known: Collection[str], most: int = BODY_BYTE
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
-        raise UsageError("the request is no JSON", where="body") from None
+        raise UsageError("the request is not JSON", where="body") from None
     if not isinstance(value, dict):
-        raise UsageError("the request is no JSON object", where="body", hint='For example {"file": "day-2.jsonl"}.')
+        raise UsageError("the request is not a JSON object", where="body", hint='For example {"file": "day-2.jsonl"}.')
     _require_known(value, known)
     return value
 

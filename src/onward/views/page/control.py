@@ -96,5 +96,5 @@ def _flag(wanted: Mapping[str, Any], name: str) -> bool:
 def _text(wanted: Mapping[str, Any], name: str) -> str | None:
     value = wanted.get(name)
     if value is not None and not isinstance(value, str):
-        raise UsageError(f"{name} must be a text", where=name)
+        raise UsageError(f"{name} must be a string", where=name)
     return value

@@ -103,13 +103,16 @@ class Talker:
             return self._process, self._askers
 
     async def _read(self, process: asyncio.subprocess.Process, askers: Askers) -> None:
-        """Pass each line to the one who asked, and the end of the process to everybody."""
+        """Pass each line to the one who asked, and the end of the process to everybody; what it says must be JSON."""
         assert process.stdout is not None
-        while line := await process.stdout.readline():
-            answer = json.loads(line)
-            queue = askers.get(answer.pop("id"))
-            if queue is not None:
-                queue.put_nowait(answer)
+        with contextlib.suppress(ValueError):
+            while line := await process.stdout.readline():
+                answer = json.loads(line)
+                queue = askers.get(answer.pop("id"))
+                if queue is not None:
+                    queue.put_nowait(answer)
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
         await process.wait()  # a question from now on starts another process
         for queue in askers.values():
             queue.put_nowait(None)
@@ -141,7 +144,8 @@ def require_wish(wish: Mapping[str, Any]) -> dict[str, Any]:
     known: dict[str, Any] = {name: wish[name] for name in WISHED if wish.get(name) is not None}
     for name, value in known.items():
         if isinstance(value, bool) or not isinstance(value, WISHED[name]):
-            raise UsageError(f"{name} is no such value", where=name)
+            kind = "a string" if WISHED[name] is str else "a number"
+            raise UsageError(f"{name} must be {kind}", where=name)
         least, most = RANGES.get(name, (None, None))
         if least is not None and not least <= value <= most:
             raise UsageError(f"{name} must be from {least} to {most}", where=name)

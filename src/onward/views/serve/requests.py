@@ -132,7 +132,7 @@ def _message(value: Any, place: int) -> Message:
     if isinstance(content, list):
         content = "".join(_part(part, where) for part in cast(list[Any], content))
     if not isinstance(content, str):
-        raise BadRequest(f"the content of {where} is not a text", where)
+        raise BadRequest(f"the content of {where} is not a string", where)
     try:
         calls = calls_of(message, where, padded=False)
     except RowError as error:
@@ -151,14 +151,14 @@ def _part(part: Any, where: str) -> str:
 def _prompt(value: Any) -> str:
     texts = cast(list[Any], value) if isinstance(value, list) else [value]
     if len(texts) != 1 or not isinstance(texts[0], str):
-        raise BadRequest("prompt must be one text", "prompt")
+        raise BadRequest("prompt must be one string", "prompt")
     return texts[0]
 
 
 def _stops(value: Any) -> list[str]:
     stops = [value] if isinstance(value, str) else [] if value is None else value
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in cast(list[Any], stops)):
-        raise BadRequest("stop must be a text or a list of texts", "stop")
+        raise BadRequest("stop must be a string or a list of strings", "stop")
     return cast(list[str], stops)
 
 
@@ -182,8 +182,12 @@ def _integer(value: Any, key: str, default: int) -> int:
     return value
 
 
+_KINDS = {list: "a list", dict: "an object", bool: "true or false"}
+"""How JSON's kinds of values are named."""
+
+
 def _of_kind(values: Mapping[str, Any], key: str, kind: type) -> Any:
     value = values.get(key)
     if value is not None and not isinstance(value, kind):
-        raise BadRequest(f"{key} must be of type {kind.__name__}", key)
+        raise BadRequest(f"{key} must be {_KINDS[kind]}", key)
     return value

@@ -138,7 +138,7 @@ class Measuring:
         return row
 
     @contextmanager
-    def _showing(self, after: Any) -> Generator[None]:
+    def _showing(self, after: str) -> Generator[None]:
         self._shown.set("evaluating")
         try:
             yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 import os
 import shutil
@@ -18,6 +17,7 @@ from onward.layout import RunLayout
 from onward.service.proof.doctor.finding import Finding
 from onward.service.proof.memory import memory_in_words
 from onward.store.disks import mount_of, refusal, require_locks, way_out
+from onward.text import how_many
 from onward.training.device.control_groups import read_processors
 from onward.training.device.environment import pick_device, require_whole_teams
 from onward.training.device.errors import LESS_MEMORY
@@ -29,18 +29,14 @@ FEW_FILES = 1000
 
 
 def check_device() -> Iterator[Finding]:
-    """Name the libraries and what computes."""
-    names = ("torch", "transformers", "peft", "tokenizers", "safetensors")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-    yield Finding("ok", "versions", versions)
+    """Name what computes."""
     device = pick_device()
     if device.type == "cuda":
         yield Finding("ok", "device", torch.cuda.get_device_name(device))
         return
     capability = torch.backends.cpu.get_cpu_capability()
-    yield Finding(
-        "ok", "device", f"CPU ({capability}), {torch.get_num_threads()} threads; float32 is the fast type here"
-    )
+    threads = how_many(torch.get_num_threads(), "thread")
+    yield Finding("ok", "device", f"CPU ({capability}), {threads}; float32 is the fast type here")
 
 
 def check_threads() -> Iterator[Finding]:
