@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import unicodedata
 from pathlib import PurePath
+from typing import Any, cast
 
 JOINERS = "\u200c\u200d"
 """Format characters of ordinary writing: Persian, the languages of India and emoji need them."""
@@ -36,6 +38,15 @@ def quoted(word: object) -> str:
     if printable(text) == text:
         return shlex.quote(text)
     return "$'" + "".join(map(_in_ansi_quotes, text)) + "'"
+
+
+def finite(value: Any) -> Any:
+    """Return a JSON value with null for numbers that are not finite, for which JSON has no words."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in cast(dict[str, Any], value).items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in cast(list[Any], value)]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def how_many(count: int, noun: str) -> str:

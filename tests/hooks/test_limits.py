@@ -43,6 +43,11 @@ def test_losses_on_earlier_files_are_judged_one_by_one() -> None:
         found = list(grown(before, after, Limits(forgetting=0.1), base))
         assert [3, 2] == [finding.position for finding in found]
         assert "loss on file 3 grew by 50%, from 1.0000 to 1.5000 (limit 10%)" == found[0].text
+    for lost in (math.nan, math.inf):
+        found = list(grown(before, after | {6: lost}, Limits(forgetting=0.1)))
+        assert [6, 3, 2] == [finding.position for finding in found]
+        assert "loss on file 6 is no longer finite, after 1.0000" == found[0].text
+        assert 1 == len(list(moved_away(0.1, lost, Limits(anchor=0.2))))
 
 
 def test_growth_is_held_against_what_was_gained_where_that_is_more() -> None:

@@ -35,10 +35,19 @@ def measured(directory: Path) -> Path:
         for file_id, own in enumerate(CONTENTS, start=1):
             ledger.set_file(file_id, sha256=own)
             seen = [key for key in set(CONTENTS[:file_id]) if chance.random() < 0.6]
-            model = {key: {"loss": chance.random(), "rows": chance.choice([[1], [1, 2]])} for key in sorted(seen)}
+            model = {
+                key: {"loss": chance.random(), "rows": chance.choice([[1], [1, 2]]), "tokens": 3}
+                for key in sorted(seen)
+            }
             kl = chance.choice([None, chance.random()])
-            grid = {"model": model, "base": {own: {}}, "anchor": kl and {"kl": kl}, "names": {}, "cost": 5}
-            before = {"model": {own: {"loss": chance.random(), "rows": [1]}}, "base": {}, "cost": 2}
+            grid = {
+                "model": model,
+                "base": {own: {"rows": [1], "tokens": 3}},
+                "anchor": kl and {"kl": kl},
+                "names": {},
+                "cost": 5,
+            }
+            before = {"model": {own: {"loss": chance.random(), "rows": [1], "tokens": 3}}, "base": {}, "cost": 2}
             ledger.keep_boundary_results(file_id, file_id, {"grid": grid} | ({"before": before} if file_id > 1 else {}))
     return path
 
@@ -65,7 +74,9 @@ def test_an_account_is_what_the_whole_table_says(tmp_path: Path) -> None:
                 for key in "abcdefg":
                     for since in ledger.places_of(key, place):
                         for rows in ([1], [1, 2]):
-                            assert from_table(table, key, rows, since) == account.newest_loss(key, rows, since)
+                            assert from_table(table, key, rows, since) == account.newest_loss(
+                                key, {"rows": rows, "tokens": 3}, since
+                            )
                 known = [value for value in table.anchor[1:] if value is not None]
                 assert (known[-1] if known else None) == account.anchor
                 assert list(dict.fromkeys(CONTENTS[:place])) == list(account.contents)

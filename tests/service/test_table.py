@@ -63,11 +63,18 @@ def test_the_figures_are_those_of_their_formulas() -> None:
 
 def test_other_rows_are_not_compared() -> None:
     """A loss on other rows of a file says nothing about forgetting; nothing measured, nothing is invented."""
-    rows = [{}, {"a": score(2.0, (1,))}, {"a": score(9.0, (1, 2)), "b": score(1.0)}]
-    table = Table([A, B], [0, 1, 2], rows, [None] * 3)
-    assert {1: 0.0} == table.forgotten()
-    assert table.backward is None
-    assert table.transfer is None
+    for other in (score(2.0, (1,)), score(2.0) | {"tokens": 4}):
+        rows = [{"b": other}, {"a": other, "b": score(8.0)}, {"a": score(9.0), "b": score(1.0)}]
+        table = Table([A, B], [0, 1, 2], rows, [None] * 3)
+        assert {1: 0.0} == table.forgotten()
+        assert {"a": 0.0, "b": 0.0} == table.forgotten_share()
+        assert table.backward is None
+        assert table.transfer is None
+        lines = grid_lines(table.to_dict())
+        assert [["base", "-", "2.0000~", "-"], ["1", "a.jsonl", "2.0000~", "8.0000", "-"]] == [
+            line.split() for line in lines[1:3]
+        ]
+        assert lines[-1].startswith("~ measured on other rows")
     empty = Table([], [0], [{}], [None]).to_dict()
     assert (None, None, {"mean": None, "worst": None, "file": None, "by_file": {}}) == (
         empty["average"], empty["transfer"], empty["forgetting"],
@@ -237,15 +244,16 @@ def test_the_corner_of_the_newest_files_is_that_of_the_whole_table(tmp_path: Pat
             asked = {"q": score(9.0 - file_id)}
             grid = {
                 "model": {key: score(float(file_id), trained=key == "e") for key in seen} | asked,
-                "base": {name: score(7.0)}, "anchor": None, "names": {"q": "q.jsonl"}, "cost": 1,
+                "base": {name: score(7.0)} | ({"q": score(6.5)} if file_id == 1 else {}),
+                "anchor": None, "names": {"q": "q.jsonl"}, "cost": 1,
             }  # fmt: skip
             before = {"model": {name: score(6.0)}, "base": {}, "anchor": None, "names": {}, "cost": 1}
             ledger.keep_boundary_results(file_id, file_id, {"grid": grid, "before": before})
         whole, newest = read_table(ledger).to_dict(), read_newest(ledger, 2)
         everything = read_newest(ledger, 9)
-    assert {name: whole[name] for name in ("files", "after", "loss")} | {"earlier": 0} == everything
+    assert {name: whole[name] for name in ("files", "after", "loss", "other_rows")} | {"earlier": 0} == everything
     assert (3, [0, 4, 5]) == (newest["earlier"], newest["after"])
     assert [whole["files"][place] for place in (3, 4, 5)] == newest["files"]
     assert [[row[place] for place in (3, 4, 5)] for row in whole["loss"][-2:]] == newest["loss"][1:]
-    assert [7.0, 7.0, None] == newest["loss"][0]
+    assert [7.0, 7.0, 6.5] == newest["loss"][0]
     assert [False, True, False] == [file["trained"] for file in newest["files"]]

@@ -7,15 +7,15 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from onward.terminal import say, show_line
-from onward.text import quoted
+from onward.text import finite, quoted
 
 if TYPE_CHECKING:
     from onward.run import Run
 
 
 def show(value: Any) -> None:
-    """Print a result as JSON."""
-    show_line(json.dumps(value, indent=2, ensure_ascii=False))
+    """Print a result as JSON; a number that is not finite is null."""
+    show_line(json.dumps(finite(value), indent=2, ensure_ascii=False))
 
 
 def show_each(values: Iterable[Any]) -> None:

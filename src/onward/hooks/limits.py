@@ -58,7 +58,7 @@ class Finding:
 def grown(
     before: Mapping[int, float], after: Mapping[int, float], limits: Limits, base: Mapping[int, float] | None = None
 ) -> Iterator[Finding]:
-    """Yield the earlier files whose loss grew by more than the limit, the worst first.
+    """Yield the earlier files whose loss grew by more than the limit, the worst first; one that is not finite grew.
 
     A file whose loss is far below that of the base, because little but its form was new, fluctuates by more than its
     low loss suggests: its growth is judged relative to the gain over the base, if that is larger.
@@ -72,9 +72,13 @@ def grown(
         return
     gained = {position: loss - before[position] for position, loss in (base or {}).items()}
     whole = {position: max(before[position], gained.get(position, 0.0)) for position in before if position in after}
-    growth = {position: (after[position] - before[position]) / loss for position, loss in whole.items() if loss > 0}
+    grew = {position: after[position] - before[position] for position in whole}
+    grew = {position: more if math.isfinite(after[position]) else math.inf for position, more in grew.items()}
+    growth = {position: grew[position] / loss for position, loss in whole.items() if loss > 0}
     for position, share in sorted(growth.items(), key=lambda pair: -pair[1]):
-        if share > limits.forgetting:
+        if share == math.inf:
+            yield Finding(f"loss on file {position} is no longer finite, after {before[position]:.4f}", position)
+        elif share > limits.forgetting:
             change = f"{before[position]:.4f} to {after[position]:.4f}"
             of_what = "" if whole[position] == before[position] else " of what it had gained over the base"
             yield Finding(
@@ -88,7 +92,7 @@ def moved_away(before: float | None, after: float | None, limits: Limits) -> Ite
     if limits.anchor is None or after is None:
         return
     growth = after - (before or 0.0)
-    if growth > limits.anchor:
+    if not growth <= limits.anchor:  # one that is no number grew
         text = f"KL from the base grew by {growth:.3f} nats per token, to {after:.3f} (limit {limits.anchor:g})"
         yield Finding(text)
 

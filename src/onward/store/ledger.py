@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import uuid
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +209,15 @@ class Ledger(Files, Requests, Curve, Tracking):
         """Return what hooks measured at the boundary after a file, by name."""
         rows = self.query("SELECT name, value FROM boundary_results WHERE file_id = ? ORDER BY name", file_id)
         return {row["name"]: json.loads(row["value"]) for row in rows}
+
+    def results_naming(self, name: str, text: str, up_to: int) -> Iterator[Any]:
+        """Yield the results of a name, of files of the stream up to a position, whose JSON contains a text."""
+        sql = (
+            "SELECT value FROM boundary_results JOIN files ON files.id = file_id "
+            "WHERE boundary_results.name = ? AND position <= ? AND instr(value, ?) ORDER BY position"
+        )
+        for row in self.query(sql, name, up_to, text):
+            yield json.loads(row["value"])
 
     def has_result(self, file_id: int, name: str) -> bool:
         """Return whether there is a result of this name for a file."""

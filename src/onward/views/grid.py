@@ -17,6 +17,8 @@ ON_SCREEN, ON_PAPER = 12, 50
 """Files that a terminal shows, and that a heat map or a model card shows: the table grows with their square."""
 TRAINED = "*"
 """Marks files that are measured on rows that were trained."""
+ELSEWHERE = "~"
+"""Marks losses that were measured on other rows than the newest of their column."""
 CELL, HIGH, LEFT, TOP = 72, 28, 170, 96
 """Size of a cell of the heat map, and the room for names, in pixels."""
 Values = Mapping[str, Any]
@@ -34,6 +36,11 @@ def part_of(grid: Values, is_shown: Callable[[int], bool]) -> dict[str, Any]:
         "files": [grid["files"][at] for at in columns],
         "after": [grid["after"][at] for at in rows],
         "loss": [[grid["loss"][row][at] for at in columns] for row in rows],
+        "other_rows": [
+            [rows.index(row), columns.index(column)]
+            for row, column in grid["other_rows"]
+            if row in rows and column in columns
+        ],
         "anchor": [grid["anchor"][row] for row in rows],
     }
 
@@ -62,13 +69,15 @@ def grid_lines(whole: Values) -> list[str]:
     names = [_title(file, NAME_WIDTH) for file in grid["files"]]
     head = ["loss after", *names, "anchor"]
     body = [
-        [_after(grid, place), *map(_number, row), _number(anchor)]
+        [_after(grid, place), *(_marked(grid, (place, at), loss) for at, loss in enumerate(row)), _number(anchor)]
         for place, (row, anchor) in enumerate(zip(grid["loss"], grid["anchor"], strict=True))
     ]
     widths = [max(cell_len(row[column]) for row in (head, *body)) for column in range(len(head))]
     lines = ["  ".join(_padded(cell, width, place) for place, (cell, width) in enumerate(zip(row, widths, strict=True)))
              for row in (head, *body)]  # fmt: skip
-    return [*(line.rstrip() for line in lines), *([words] if words else []), "", *_figures(whole)]
+    note = f"{ELSEWHERE} measured on other rows than the newest of the column: not to be compared with it"
+    notes = [note] if grid["other_rows"] else []
+    return [*(line.rstrip() for line in lines), *([words] if words else []), "", *_figures(whole), *notes]
 
 
 def _figures(grid: Values) -> list[str]:
@@ -119,6 +128,7 @@ def grid_svg(grid: Values) -> str:
         'font-family="sans-serif" font-size="12" role="img">',
         "<title>Loss on each file after each file</title>",
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+        '<text x="16" y="24" fill="#222222">darker: higher loss</text>',
     ]
     for place, name in enumerate(columns):
         x = LEFT + CELL * place + CELL // 2
@@ -170,6 +180,11 @@ def _short(text: str, width: int) -> str:
 def _padded(cell: str, width: int, place: int) -> str:
     room = " " * (width - cell_len(cell))
     return f"{room}{cell}" if place else f"{cell}{room}"
+
+
+def _marked(grid: Values, cell: tuple[int, int], loss: float | None) -> str:
+    """Return a loss, marked if it cannot be compared with the newest of its column."""
+    return _number(loss) + ELSEWHERE * (list(cell) in grid["other_rows"])
 
 
 def _number(value: float | None) -> str:

@@ -5,11 +5,11 @@ Reading all earlier boundaries again at each one would make every file cost more
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from onward.service.knowledge.table import BEFORE, GRID
+from onward.service.knowledge.table import BEFORE, GRID, same_rows
 from onward.store.files import BEGUN_STATES
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
@@ -17,11 +17,10 @@ from onward.store.rows import FileRow
 
 @dataclass(frozen=True)
 class _Measured:
-    """A score: after which position, on which rows of its file."""
+    """A score: after which position, and what of it tells whether another can be compared with it."""
 
     place: int
-    rows: Sequence[int]
-    loss: float
+    score: Mapping[str, Any]
 
 
 class Account:
@@ -60,13 +59,13 @@ class Account:
                 self.position, self._last = row.place, row.id
         return self
 
-    def newest_loss(self, key: str, rows: Sequence[int], since: int) -> float | None:
-        """Return the newest loss that was measured on the same rows of a content after position `since` or later."""
-        for score in reversed(self._scores.get(key, ())):
-            if score.place < since:
+    def newest_loss(self, key: str, now: Mapping[str, Any], since: int) -> float | None:
+        """Return the newest loss on a content after position `since` or later, on the rows that `now` is of."""
+        for measured in reversed(self._scores.get(key, ())):
+            if measured.place < since:
                 break
-            if score.rows == rows:
-                return score.loss
+            if same_rows(measured.score, now):
+                return measured.score["loss"]
         return None
 
     def _add(self, row: FileRow) -> None:
@@ -85,4 +84,4 @@ class Account:
         for key, score in model.items():
             known = self._scores.setdefault(key, [])
             if not known or known[-1].place < place:
-                known.append(_Measured(place, score["rows"], score["loss"]))
+                known.append(_Measured(place, {name: score[name] for name in ("rows", "tokens", "loss")}))

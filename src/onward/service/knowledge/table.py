@@ -57,6 +57,14 @@ class Table:
         """Return the matrix of `loss` or `accuracy`, indexed by row and column."""
         return [[_value(row.get(column.key), name) for column in self.columns] for row in self.scores]
 
+    def on_other_rows(self) -> list[list[int]]:
+        """Return row and column of the scores that were measured on other rows than the newest of their column."""
+        found: list[list[int]] = []
+        for place, column in enumerate(self.columns):
+            seen = [(line, row[column.key]) for line, row in enumerate(self.scores) if column.key in row]
+            found += [[line, place] for line, score in seen if not same_rows(score, seen[-1][1])]
+        return sorted(found)
+
     @property
     def average(self) -> Number:
         """The current mean loss, over the files of the stream that were measured after the last one."""
@@ -76,7 +84,7 @@ class Table:
         found: dict[str, float] = {}
         for column in self.columns:
             scores = [row[column.key] for row in self._since(column) if column.key in row]
-            seen = [score["loss"] for score in scores if score["rows"] == scores[-1]["rows"]]
+            seen = [score["loss"] for score in scores if same_rows(score, scores[-1])]
             if column.position is not None and seen and min(seen) > 0:
                 found[column.key] = seen[-1] / min(seen) - 1.0
         return found
@@ -87,7 +95,7 @@ class Table:
         found: list[float] = []
         for column, score in self._now_placed():
             first = self._row_of(column.place).get(column.key)
-            if column.place < self.after[-1] and first is not None and first["rows"] == score["rows"]:
+            if column.place < self.after[-1] and first is not None and same_rows(first, score):
                 found.append(first["loss"] - score["loss"])
         return _mean(found)
 
@@ -98,7 +106,7 @@ class Table:
         found: list[float] = []
         for column in self.columns:
             before = self._row_of((column.position or 1) - 1).get(column.key) if (column.position or 0) > 1 else None
-            if before is not None and column.key in base and base[column.key]["rows"] == before["rows"]:
+            if before is not None and column.key in base and same_rows(base[column.key], before):
                 found.append(before["loss"] - base[column.key]["loss"])
         return _mean(found)
 
@@ -111,6 +119,7 @@ class Table:
             "after": list(self.after),
             "loss": self.values("loss"),
             "accuracy": self.values("accuracy"),
+            "other_rows": self.on_other_rows(),
             "anchor": list(self.anchor),
             "average": self.average,
             "forgetting": {
@@ -148,7 +157,7 @@ class Table:
         rows = (
             row.get(column.key) for row, after in zip(self.scores, self.after, strict=True) if after >= column.place
         )
-        return [found["loss"] for found in rows if found is not None and found["rows"] == score["rows"]]
+        return [found["loss"] for found in rows if found is not None and same_rows(found, score)]
 
     def _since(self, column: Column) -> list[Mapping[str, Mapping[str, Any]]]:
         pairs = zip(self.scores, self.after, strict=True)
@@ -188,24 +197,45 @@ def read_measured(ledger: Ledger, up_to: int = LAST, *, after: int = 0) -> list[
     return found
 
 
-def table_of(measured: Sequence[Measured]) -> Table:
-    """Return the table of files of the stream, with columns for the other files that were measured."""
+def table_of(measured: Sequence[Measured], known: Mapping[str, Sequence[Mapping[str, Any]]] | None = None) -> Table:
+    """Return the table of files of the stream, with columns for the other files that were measured.
+
+    Args:
+        known: scores of the base, by content, that were measured at boundaries before these, in order.
+    """
     finished = [each for each in measured if each.grid or each.row.state == "done"]
     columns = [Column(each.row.sha256, each.row.place, each.row.name) for each in measured]
     asked = {key: name for each in measured for key, name in each.grid.get("names", {}).items()}
     columns += [Column(key, None, name) for key, name in asked.items()]
-    base: dict[str, Any] = {}
-    for each in reversed(measured):
-        base |= {**each.grid.get("base", {}), **each.before.get("base", {})}
-    rows: list[dict[str, Any]] = [base, *(dict(each.grid.get("model", {})) for each in finished)]
+    rows: list[dict[str, Any]] = [{}, *(dict(each.grid.get("model", {})) for each in finished)]
     after = [0, *(each.row.place for each in finished)]
     for each in measured:
         if each.before and each.row.place - 1 in after[1:]:
             row = rows[after.index(each.row.place - 1)]
             row |= {key: score for key, score in each.before["model"].items() if key not in row}
+    rows[0] = _of_base(measured, rows[1:], known or {})
     anchors = [(each.grid.get("anchor") or {}).get("kl") for each in finished]
     of_base = 0.0 if any(value is not None for value in anchors) else None
     return Table(columns, after, rows, [of_base, *anchors])
+
+
+def _of_base(
+    measured: Sequence[Measured],
+    rows: Sequence[Mapping[str, Mapping[str, Any]]],
+    known: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> dict[str, Any]:
+    """Return the score of the base on each content: the first on the rows of its newest score, else the first."""
+    seen = {key: list(scores) for key, scores in known.items()}
+    for each in measured:
+        for key, score in each.grid.get("base", {}).items():
+            seen.setdefault(key, []).append(score)
+    newest: dict[str, Mapping[str, Any]] = {}
+    for row in rows:
+        newest |= row
+    return {
+        key: next((score for score in scores if same_rows(score, newest.get(key, score))), scores[0])
+        for key, scores in seen.items()
+    }
 
 
 def read_table(ledger: Ledger, up_to: int = LAST) -> Table:
@@ -217,19 +247,35 @@ def read_newest(ledger: Ledger, count: int) -> dict[str, Any]:
     """Return the corner of the table that belongs to the newest files: as much as fits a screen.
 
     Returns:
-        `files`, `after` and `loss` as `Table.to_dict` has them, for at most `count` files of the stream and as many of
-        `evaluation.files`, and `earlier`, the number of files of the stream before them.
+        `files`, `after`, `loss` and `other_rows` as `Table.to_dict` has them, for at most `count` files of the stream
+        and as many of `evaluation.files`, and `earlier`, the number of files of the stream before them.
     """
     earlier = max(0, ledger.last_begun() - count)
-    table = table_of(read_measured(ledger, after=earlier))
+    measured = read_measured(ledger, after=earlier)
+    seen_before = {key for each in measured for key in each.grid.get("names", {})}
+    seen_before |= {each.row.sha256 for each in measured if len(ledger.places_of(each.row.sha256, each.row.place)) > 1}
+    known = {key: _base_before(ledger, key, earlier) for key in seen_before if earlier}
+    table = table_of(measured, {key: scores for key, scores in known.items() if scores})
     placed = sum(column.position is not None for column in table.columns)
     shown = replace(table, columns=table.columns[: placed + count])
     return {
         "files": [shown.described(column) for column in shown.columns],
         "after": list(shown.after),
         "loss": shown.values("loss"),
+        "other_rows": shown.on_other_rows(),
         "earlier": earlier,
     }
+
+
+def _base_before(ledger: Ledger, key: str, up_to: int) -> list[Mapping[str, Any]]:
+    """Return the scores of the base on a content at the boundaries up to a position, in order."""
+    grids = ledger.results_naming(GRID, f'"{key}"', up_to)
+    return [grid["base"][key] for grid in grids if key in grid.get("base", {})]
+
+
+def same_rows(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two scores are of the same rows of a file, and of as many targets: `max_length` may have changed."""
+    return one["rows"] == other["rows"] and one["tokens"] == other["tokens"]
 
 
 def _value(score: Mapping[str, Any] | None, name: str) -> Number:

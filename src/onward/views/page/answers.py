@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from typing import Any, TypeAlias
 
@@ -12,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from onward.errors import FileRejected, NoSpace, NotMadeHere, OnwardError, RunLocked, UsageError
-from onward.text import printable
+from onward.text import finite, printable
 from onward.views.web.connections import incoming
 
 Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
@@ -30,7 +29,7 @@ def as_json(value: Any) -> str:
     try:
         return json.dumps(value, allow_nan=False)
     except ValueError:
-        return json.dumps(_finite(value), allow_nan=False)
+        return json.dumps(finite(value), allow_nan=False)
 
 
 def json_answer(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -134,11 +133,3 @@ def _require_known(keys: Iterable[str], known: Collection[str]) -> None:
         if key not in known:
             hint = f"There are: {', '.join(known)}." if known else "Nothing can be said here."
             raise UsageError("nothing is known by this name here", where=printable(key), hint=hint)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -19,7 +19,7 @@ from onward.errors import GuardRejected
 from onward.events import Note, StepTaken
 from onward.hooks.limits import RUNNING, WINDOW, Finding, Judged, Limits, grown, moved_away, spiked, unanswered
 from onward.service.knowledge.evaluation import Evaluation
-from onward.service.knowledge.table import ANSWERS, GRID
+from onward.service.knowledge.table import ANSWERS, GRID, same_rows
 from onward.service.settings import Settings
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow, StepRecord
@@ -121,11 +121,11 @@ class Guard:
         for key, score in earlier_files.items():
             of_base = known.of_base.get(key) or now.get("base", {}).get(key)
             for place in self._ledger.places_of(key, row.place - 1):
-                earlier = known.newest_loss(key, score["rows"], place)
+                earlier = known.newest_loss(key, score, place)
                 if earlier is None:
                     continue
                 before[place], after[place] = earlier, score["loss"]
-                if of_base and of_base["rows"] == score["rows"]:
+                if of_base and same_rows(of_base, score):
                     base[place] = of_base["loss"]
         yield from grown(before, after, limits, base)
         kl = (now.get("anchor") or {}).get("kl")

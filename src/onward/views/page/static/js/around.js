@@ -105,9 +105,10 @@ function showGrid(grid) {
   const names = new Map(grid.files.map((file) => [file.position, file.name]));
   const place = (position, name) => [position, name].filter(Boolean).join(" "); // names that begin alike differ where they are cut off
   const head = make("tr", {}, make("th", { scope: "col" }, "After"), ...grid.files.map((file) => make("th", { scope: "col", class: "num", title: file.name }, (file.trained ? "* " : "") + place(file.position, file.name))));
+  const isElsewhere = (line, index) => grid.other_rows.some(([row, column]) => row === line && column === index);
   const lines = grid.after.map((after, line) => make("tr", {},
     make("th", { scope: "row", title: names.get(after) ?? "" }, after === 0 ? "the base" : place(after, names.get(after))),
-    ...grid.files.map((_, index) => cell(grid.loss.map((row) => row[index]), line))));
+    ...grid.files.map((_, index) => cell(grid.loss.map((row) => row[index]), line, isElsewhere(line, index)))));
   byId("grid-table").replaceChildren(make("caption", { class: "unseen" }, "Loss on each file after each file"), make("thead", {}, head), make("tbody", {}, ...lines));
   say("grid-words", gridWords(grid));
 }
@@ -117,15 +118,17 @@ function gridWords(grid) {
   const parts = [grid.files.some((file) => file.trained === false) ? "Measured on held-out rows, which are never trained." : ""];
   if (grid.files.some((file) => file.trained)) parts.push("* Measured on rows that were trained: what is retained, not how well it generalizes.");
   if (grid.loss.some((row) => row.includes(null))) parts.push("A dash was not measured: evaluation.share bounds the cost. onward evaluate measures a state on everything.");
+  if (grid.other_rows.length) parts.push("~ Measured on other rows than the newest of its column: not to be compared with it.");
+  parts.push("The lower a loss in its column, the darker.");
   if (grid.earlier) parts.push(`${files(grid.earlier)} before these: onward grid --csv has all.`);
   return parts.filter(Boolean).join(" ");
 }
 
 /* A loss, the darker the lower it is among those of its column. */
-function cell(column, line) {
+function cell(column, line, isElsewhere) {
   const known = column.filter((value) => value !== null), value = column[line];
   const [low, high] = [Math.min(...known), Math.max(...known)];
-  const element = make("td", { class: "num" }, fixed(value, 3));
+  const element = make("td", { class: "num" }, fixed(value, 3) + (isElsewhere ? "~" : ""));
   if (value !== null && high > low) element.style.background = `color-mix(in srgb, var(--accent-soft) ${Math.round((100 * (high - value)) / (high - low))}%, transparent)`;
   return element;
 }
