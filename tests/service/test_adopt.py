@@ -190,6 +190,18 @@ def test_another_base_than_onward_recorded_is_refused_or_told(
     assert 1 == sum("not the one on which this adapter was trained" in line for line in told)
 
 
+def test_a_base_that_init_refuses_is_refused(saved: dict[str, Saved], model: Path, tmp_path: Path) -> None:
+    """An adapter on a base that was saved in 4 bits is adopted only as what it is, as `init` does."""
+    base = Path(shutil.copytree(model, tmp_path / "base"))
+    values = json.loads((base / "config.json").read_bytes())
+    values["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (base / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ModelError, match="its weights are quantized") as caught:
+        Run.adopt(saved["lora"].folder, tmp_path / "run", str(base))
+    assert "--set method=qlora" in str(caught.value.hint)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("named", ["by model", "by the checkpoint"])
 def test_a_full_run_outlives_the_trainers_checkpoint(
     named: str, checkpoint: Callable[[str], Path], model: Path, tmp_path: Path, file: Path

@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
+import stock
+import torch
+from safetensors.torch import load_file
 
 from onward.errors import OnwardError, UsageError
+from onward.training.model.adapter import ADAPTER_WEIGHTS
 from onward.views.export import gguf
 
 CONVERTER = """
@@ -71,6 +76,35 @@ def test_an_adapter_is_converted_for_its_base(converters: Path) -> None:
     gguf.write_adapter(converters.parent / "adapter", converters.parent / "base", target, converters)
     words = [str(converters.parent / "adapter"), "--base", str(converters.parent / "base")]
     assert [*words, "--outfile", str(target), "--outtype", "f32"] == json.loads(target.read_text())["words"]
+
+
+@pytest.mark.parametrize("shape", [{}, {"use_rslora": True}, {"alpha_pattern": {"v_proj": 1.5, "0.mlp.up_proj": 20}}])
+def test_an_adapter_has_its_own_scales_in_llama_cpp(shape: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    """llama.cpp divides one alpha by the rank of each layer; that gives what PEFT adds to each weight."""
+    layers = ["q_proj", "v_proj", "up_proj", "embed_tokens"]
+    adapted = stock.lora_model(
+        model, target_modules=layers, init_lora_weights=False, rank_pattern={"q_proj": 2}, **shape
+    )
+    (tmp_path / "plain").mkdir()
+    adapted.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
+    folder = gguf.as_plain(tmp_path / "adapter", tmp_path / "plain")
+    assert folder.name == ("plain" if shape else "adapter")
+    values, tensors = json.loads((folder / "adapter_config.json").read_bytes()), load_file(folder / ADAPTER_WEIGHTS)
+    assert (False, {}, 8) == (values["use_rslora"], values["alpha_pattern"], values["lora_alpha"])
+    for name, part in adapted.named_modules():
+        if hasattr(part, "get_delta_weight"):
+            first, second = [tensors[key] for key in sorted(tensors) if key.startswith(f"{name}.")]
+            added = 8 / first.shape[0] * (second @ first)
+            expected: torch.Tensor = cast(Any, part).get_delta_weight("default")
+            assert torch.allclose(added if "embed" not in name else added.T, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_llama_cpp_would_leave_out_of_an_adapter_is_refused(model: Path, tmp_path: Path) -> None:
+    """Its programs skip a trained norm without a word."""
+    adapted = stock.lora_model(model, modules_to_save=["norm"])
+    adapted.save_pretrained(str(tmp_path))
+    with pytest.raises(OnwardError, match=r"nothing of an adapter but LoRA, and this one has .*norm\.weight"):
+        gguf.as_plain(tmp_path, tmp_path)
 
 
 def test_what_a_program_refuses_is_told_in_its_last_words(converters: Path) -> None:

@@ -44,6 +44,7 @@ from onward.training.model.base import (
     WEIGHTS,
     digest_base,
     keep_revision,
+    require_plain,
     resolve_base,
     with_stored_path,
 )
@@ -89,6 +90,7 @@ def adopt(
         named = resolve_base(adopted.config.model, revision=adopted.revision, download=True, report=report)
         base = _base(adopted, named)
         other_base = list(_other_base(adopted, base, is_named=bool(model or settings.get("model"))))
+        require_plain(base, method=adopted.config.method)
         require_fits(read_capacity(base), max_length=adopted.config.max_length)
         _require_tokenizer(checkpoint, base)
         state, findings, notes = _load(adopted, base)

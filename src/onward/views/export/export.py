@@ -246,11 +246,16 @@ class _Writing:
         return {**result, "dtype": self._wanted.kind}
 
     def _write_gguf_adapter(self, converters: Path, said: dict[str, str]) -> None:
+        plain = self._folder / "plain"
+        plain.mkdir()
         try:
-            gguf.write_adapter(self._point.folder, self._base, self._folder / ADAPTER_GGUF, converters)
+            adapter = gguf.as_plain(self._point.folder, plain)
+            gguf.write_adapter(adapter, self._base, self._folder / ADAPTER_GGUF, converters)
         except OnwardError as error:  # llama.cpp supports fewer kinds of adapters than PEFT
             self._report(f"without {ADAPTER_GGUF}: {error.what}")
             return
+        finally:
+            remove_tree(plain)
         gguf.add_metadata(self._folder / ADAPTER_GGUF, said)
 
     def _copy_tokenizer(self, folder: Path) -> None:

