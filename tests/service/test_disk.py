@@ -20,6 +20,7 @@ import torch
 from commands import assert_refused, onward
 from daemons import SETTINGS, Hold, done, end, is_in, rows_file, until, watch
 from faults import without_links
+from ledgers import made_up_run
 from processes import train
 from runs import new_run
 from safetensors import SafetensorError
@@ -29,6 +30,7 @@ from states import assert_same_state, temporary_files
 from onward import Run
 from onward.atomic import system_errors
 from onward.events import StepTaken
+from onward.service.intake.archive import compress_original
 from onward.service.lock import RunLock
 from onward.service.proof.doctor.examination import examine
 from onward.status import read_status
@@ -140,6 +142,16 @@ def test_a_quota_is_a_full_disk_whichever_library_meets_it(disk: Path, model: Pa
     assert 2 >= len(failures)  # then it waits, and trains nothing in vain
     assert_same_state(twin.layout.root, run.layout.root)
     assert [] == temporary_files(run.layout.root)
+
+
+def test_an_original_that_cannot_be_compressed_takes_no_more_room(disk: Path) -> None:
+    """Nothing is left of one for which the disk has no room: that would be the room that training waits for."""
+    layout = made_up_run(disk / "run", [("a.jsonl", 1)], float)
+    (layout.archive / "a.jsonl").write_bytes(os.urandom(8 * MEGABYTE))
+    fill(disk, leave=2 * MEGABYTE)
+    with Ledger(layout.ledger) as ledger, pytest.raises(OSError, match="No space left on device"):
+        compress_original(layout, ledger, ledger.file(1))
+    assert ["a.jsonl"] == [path.name for path in layout.archive.iterdir()]
 
 
 def _save_weights(place: Path) -> None:

@@ -346,14 +346,18 @@ def test_a_failure_of_the_model_ends_an_answer_and_not_the_chat(
 
 def test_it_goes_on_to_newer_commits(stream: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With `--refresh` each message is answered by the newest commit, unless `/at` named a state; without it by the one
-    that was loaded."""
+    that was loaded. While the newest one cannot be read, the one in memory answers."""
     layout = RunLayout(copy_run(stream, tmp_path / "run"))
     rows = tiny.write_jsonl(tmp_path / "d.jsonl", tiny.chat_rows(3, seed=3))
 
     def lines() -> Iterator[str]:
         yield "One?"
         Run(layout.root).train(rows, again=True)
+        aside = layout.config.rename(tmp_path / "aside")
+        layout.config.symlink_to(layout.config)  # nothing at this name can be opened
         yield "Two?"
+        aside.replace(layout.config)
+        yield "Three?"
 
     asking = Asking([None], GREEDY, refresh=True)
     with (
@@ -370,7 +374,9 @@ def test_it_goes_on_to_newer_commits(stream: Path, tmp_path: Path, capsys: pytes
         assert [before["step"]] == [answer["step"] for answer in moved.once("Three?")]
         moved.talk(iter(["/at"]))
         assert [6] == [answer["step"] for answer in moved.once("Three?")]
-    assert "step 6, after file 4 (d.jsonl) answers" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert 1 == told.count("the newest commit cannot be loaded: it cannot be read: Too many levels of symbolic links")
+    assert "step 6, after file 4 (d.jsonl) answers" in told
 
 
 def _answer_beside(root: Path) -> None:

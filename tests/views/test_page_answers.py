@@ -22,7 +22,9 @@ from starlette.requests import Request
 
 from onward import errors
 from onward.errors import OnwardError, UsageError
+from onward.layout import RunLayout
 from onward.service.shown import DOING
+from onward.views.page import control
 from onward.views.page.access import Key
 from onward.views.page.answers import BODY_BYTES, as_json, machine_error, number, onward_error, wanted
 from onward.views.page.middleware import RequireAccess
@@ -82,6 +84,13 @@ def test_a_folder_that_cannot_be_read_is_the_machine_s_failure(tmp_path: Path) -
         answer = page.ask("GET", "/api/overview", headers=page.bearer)
         assert (503, True) == (answer.status, "Too many levels of symbolic links" in answer.json["error"])
         assert "idle" == page.get("/api/status")["state"]
+
+
+def test_a_command_that_takes_too_long_is_ended(tmp_path: Path) -> None:
+    """A browser that waits for it is told so, and how it may take longer."""
+    with pytest.raises(OnwardError, match="the command was ended after 0 s") as refused:
+        control.verify(RunLayout(tmp_path), seconds=0.01)
+    assert f"onward verify --run {tmp_path}" in str(refused.value.hint)
 
 
 @pytest.mark.parametrize("text", ["-1", "2", "1.5", "x", "1e3", "٣", "²", "0x10", "1" * 20, " 3", "+4", "1_0"])

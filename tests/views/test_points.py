@@ -46,8 +46,7 @@ def test_a_state_is_found(layout: RunLayout, at: str | None, step: int, label: s
         names = {path.name for path in point.folder.iterdir()}
         assert set(INFERENCE) <= names
         assert not {"optimizer.pt", "trainer_state.json"} & names
-    with hold(layout, at, whole=True) as point:
-        assert point.manifest == inspect_checkpoint(point.folder).verified
+        assert point.manifest == inspect_checkpoint(layout.boundary(step)).verified
     assert [] == list(layout.reading.iterdir())
 
 
@@ -150,8 +149,6 @@ def test_a_release_is_found_by_its_name(layout: RunLayout) -> None:
     with hold(layout, "v1") as point:
         assert ("release v1", 3, "v1") == (point.label, point.step, point.release)
         assert not {"optimizer.pt", "trainer_state.json"} & {path.name for path in point.folder.iterdir()}
-    with hold(layout, "v1", whole=True) as point:
-        assert {path.name for path in layout.boundary(3).iterdir()} == {path.name for path in point.folder.iterdir()}
     (layout.releases / "v1" / "onward.json").unlink()  # made by other means: nothing to verify it with
     with hold(layout, "v1") as point:
         assert (None, None) == (point.step, point.manifest)

@@ -50,13 +50,14 @@ class Point:
 
 
 @contextlib.contextmanager
-def hold(layout: RunLayout, at: str | None = None, *, whole: bool = False) -> Generator[Point]:
+def hold(layout: RunLayout, at: str | None = None) -> Generator[Point]:
     """Hold a committed state in the body, while other processes train, roll back or clean up.
+
+    Files that are needed only for further training (moments and the like) are left out.
 
     Args:
         at: a file (name, position, hash prefix), a step or a release; `file:X`, `step:N` and `release:NAME` are
             unambiguous. None for the newest commit.
-        whole: whether to include files needed only for further training (moments and the like).
 
     Raises:
         UsageError: there is no such state, it is no longer kept, or `at` is ambiguous.
@@ -64,17 +65,16 @@ def hold(layout: RunLayout, at: str | None = None, *, whole: bool = False) -> Ge
         Unreadable: a part of it cannot be read now.
     """
     layout.require()
-    left_out = frozenset[str]() if whole else FOR_TRAINING
     with own_folder(layout) as place:
         folder = place / "state"
         release = None if at is None else _release_meant(layout, at)
         if at is None:
-            manifest = link_newest(layout, folder, left_out=left_out)
+            manifest = link_newest(layout, folder, left_out=FOR_TRAINING)
         elif release is not None:
-            yield _hold_release(layout, release, folder, left_out)
+            yield _hold_release(layout, release, folder)
             return
         else:
-            manifest = _link_step(layout, at, folder, left_out)
+            manifest = _link_step(layout, at, folder)
         yield Point(folder, describe(layout, manifest), manifest.step, manifest)
 
 
@@ -163,19 +163,19 @@ def _release_meant(layout: RunLayout, at: str) -> str | None:
     return at
 
 
-def _hold_release(layout: RunLayout, name: str, folder: Path, left_out: Collection[str]) -> Point:
+def _hold_release(layout: RunLayout, name: str, folder: Path) -> Point:
     source, manifest = layout.releases / name, None
     folder.mkdir()
     for path in entries(source):
-        if path.is_file() and path.name not in left_out:
+        if path.is_file() and path.name not in FOR_TRAINING:
             link_or_copy(path, folder / path.name)
     if (folder / MANIFEST).is_file():
-        found = inspect_checkpoint(folder, left_out)
+        found = inspect_checkpoint(folder, FOR_TRAINING)
         if found.verified is None:
             raise DamagedState(f"the release is not what was published: {'; '.join(found.problems)}", where=source)
         manifest = found.verified
     published = read_release(source)
-    changed = published.changed(folder, left_out) if published else []
+    changed = published.changed(folder, FOR_TRAINING) if published else []
     if changed:
         raise DamagedState(
             f"the release is not what was published: {changed[0]} was changed",
@@ -200,10 +200,10 @@ def _stated_by(layout: RunLayout, at: str | None) -> Path:
     return kept[step] / MANIFEST
 
 
-def _link_step(layout: RunLayout, at: str, folder: Path, left_out: Collection[str]) -> Manifest:
+def _link_step(layout: RunLayout, at: str, folder: Path) -> Manifest:
     """Link and verify the state of a boundary, or the newest commit if its step is named."""
     kept, step = _kept_states(layout, at)
-    found = link_checkpoint(kept[step], folder, left_out=left_out) if step in kept else None
+    found = link_checkpoint(kept[step], folder, left_out=FOR_TRAINING) if step in kept else None
     if found is None:
         raise _no_longer_kept(layout, step, kept)
     if found.verified is None:

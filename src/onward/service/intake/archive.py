@@ -51,13 +51,16 @@ def compress_original(layout: RunLayout, ledger: Ledger, row: FileRow) -> None:
         return
     packed = unused_name(layout.archive, f"{plain.name}{PACKED}")
     temporary = layout.archive / PACKING
-    with plain.open("rb") as source, temporary.open("wb") as target:
-        zstandard.ZstdCompressor(level=9).copy_stream(source, target)
-        target.flush()
-        os.fsync(target.fileno())
-    if _unpacked_digest(temporary) != row.sha256:
-        temporary.unlink()
-        raise DamagedState(f"the archived original of {row.name} was changed", where=plain)
+    try:
+        with plain.open("rb") as source, temporary.open("wb") as target:
+            zstandard.ZstdCompressor(level=9).copy_stream(source, target)
+            target.flush()
+            os.fsync(target.fileno())
+        if _unpacked_digest(temporary) != row.sha256:
+            raise DamagedState(f"the archived original of {row.name} was changed", where=plain)
+    except BaseException:  # what is left of it would take the room that training waits for
+        temporary.unlink(missing_ok=True)
+        raise
     temporary.replace(packed)
     fsync_directory(layout.archive)
     ledger.set_file(row.id, copy=packed.relative_to(layout.root).as_posix())

@@ -118,10 +118,7 @@ def systemd_unit(
     """
     host = host or Host.here()
     run = run.absolute()
-    for path in (str(run), host.python):
-        if printable(path) != path:
-            hint = "Move it to a path of printable characters."
-            raise UsageError("a unit cannot use a path with control characters", where=path, hint=hint)
+    require_printable("unit", str(run), host.python)
     account = _account(run, user, host.uid)
     in_temporary = any(path.is_relative_to(place) for path in (run, run.resolve()) for place in TEMPORARY)
     variables = {**host.kept, **({THREADS: threads} if threads else {}), **({GPUS: ""} if on_cpu else {})}
@@ -140,6 +137,21 @@ def systemd_unit(
         writable="\n".join(f"ReadWritePaths={_escaped(path)}" for path in _writable(run, account, host.environment)),
         private_tmp="no" if in_temporary else "yes",
     )
+
+
+def require_printable(kind: str, *paths: str) -> None:
+    """Refuse paths that cannot be written into a text file line by line.
+
+    Args:
+        kind: what would contain them: `unit`.
+
+    Raises:
+        UsageError: one of them has control characters.
+    """
+    for path in paths:
+        if printable(path) != path:
+            hint = "Move it to a path of printable characters."
+            raise UsageError(f"a {kind} cannot use a path with control characters", where=path, hint=hint)
 
 
 def _account(run: Path, user: str | None, uid: int) -> pwd.struct_passwd:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from onward.service.pauses import pause_after
 from onward.service.shown import BUSY
@@ -25,6 +24,11 @@ class Deaths:
     step: int | None = None
     file: int | None = None
     count: int = 0
+
+    @classmethod
+    def of(cls, ledger: Ledger) -> Deaths:
+        """Return the last deaths that the ledger has; none after a process that ended in order."""
+        return cls(**(ledger.get(DIED) or {}))
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,7 @@ def find_crash(ledger: Ledger) -> Crash | None:
     if state not in BUSY:
         ledger.put(**{DIED: None})
         return None
-    known: dict[str, Any] = ledger.get(DIED) or {}
-    before = Deaths(**known)
+    before = Deaths.of(ledger)
     row = next(reversed(ledger.files("training")), None)
     step, file_id = ledger.committed_step(), row.id if row else None
     same = before.step == step and before.file == file_id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -112,4 +113,4 @@ def _into_inbox(line: bytes, inbox: Path) -> Path:
                 return inbox / name
     finally:
         temporary.unlink(missing_ok=True)
-    raise FileExistsError(17, "a thousand rows were saved within this second", str(inbox))
+    raise FileExistsError(errno.EEXIST, "a thousand rows were saved within this second", str(inbox))

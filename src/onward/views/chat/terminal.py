@@ -6,13 +6,14 @@ A model's text is not trusted: control characters except line ends and tabs reac
 from __future__ import annotations
 
 import secrets
+import sqlite3
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from onward.errors import OnwardError, UsageError
+from onward.errors import OnwardError, Unreadable, UsageError
 from onward.layout import RunLayout, typed_path
 from onward.service.holder import is_held
 from onward.startup import Ended
@@ -187,14 +188,21 @@ class Chat:
         say(f"saved the conversation{which} in {quoted(saved)}")
 
     def _refresh(self) -> None:
-        """Switch to the newest commit; if it cannot be loaded, report that and keep the state in memory."""
-        if not self._follows or (mark := state_mark(self._layout)) == self._mark:
+        """Switch to the newest commit; if it cannot be loaded, report that and keep the state in memory.
+
+        What cannot be read now is tried again with the next message.
+        """
+        if not self._follows:
             return
-        self._mark = mark
         try:
+            if (mark := state_mark(self._layout)) == self._mark:
+                return
+            self._mark = mark
             with hold(self._layout) as point:
                 self._columns[0].engine.move_to(self._layout, point)
-        except OnwardError as error:
+        except (OnwardError, OSError, sqlite3.Error) as error:
+            if not isinstance(error, OnwardError) or isinstance(error, Unreadable):
+                self._mark = None
             say(f"the newest commit cannot be loaded: {error}")
         self._introduce()
 

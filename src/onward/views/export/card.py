@@ -63,14 +63,13 @@ def write_card(
         facts: what else the card says about the files, by name: their format, the difference made by merging.
         proof: what `onward verify` found, as returned by `proof_of` or `verify_now`.
     """
-    last = point.step
+    steps = _steps(layout, point.step)  # read first: another process may go back meanwhile, and leave none of them
+    last = steps[-1][0] if steps else 0
     history = [
-        entry
+        _up_to(entry, steps)
         for entry in read_history(layout)
-        if entry["position"] and entry["last_step"] and (last is None or entry["first_step"] <= last)
+        if entry["position"] and entry["last_step"] and entry["first_step"] <= last
     ]
-    steps = _steps(layout, last)
-    history = [_up_to(entry, steps) for entry in history]
     picture = curve(steps, [entry["last_step"] for entry in history])
     if picture:
         (folder / CURVE).write_text(picture, encoding="utf-8")

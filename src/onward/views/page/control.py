@@ -10,6 +10,7 @@ from typing import Any
 
 from onward.errors import OnwardError, RunLocked, UsageError, VerificationFailed
 from onward.layout import RunLayout
+from onward.text import duration, quoted
 
 PATIENCE = 30.0
 """Seconds that a browser waits for the owner's answer; the request stays open after that."""
@@ -64,20 +65,30 @@ def rollback(layout: RunLayout, wanted: Mapping[str, Any]) -> dict[str, Any]:
     return _command(layout, "rollback", f"--to={to}", "--yes", *again)
 
 
-def verify(layout: RunLayout) -> dict[str, Any]:
+def verify(layout: RunLayout, seconds: float = LONG) -> dict[str, Any]:
     """Check the run's proof, by the command line in a process of its own.
+
+    Args:
+        seconds: how long that may take.
 
     Raises:
         RunLocked: a process trains; a proof needs a state that does not change.
+        OnwardError: it takes longer.
     """
-    return _command(layout, "verify")
+    return _command(layout, "verify", seconds=seconds)
 
 
-def _command(layout: RunLayout, *words: str) -> dict[str, Any]:
+def _command(layout: RunLayout, *words: str, seconds: float = LONG) -> dict[str, Any]:
     line = [sys.executable, "-P", "-m", "onward", *words, "--json", "--run", str(layout.root.absolute())]
-    done = subprocess.run(
-        line, capture_output=True, text=True, errors="replace", timeout=LONG, check=False, stdin=subprocess.DEVNULL
-    )
+    try:
+        done = subprocess.run(
+            line, capture_output=True, text=True, errors="replace", timeout=seconds, check=False,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        what = f"the command was ended after {duration(seconds)}"
+        hint = f"In a terminal it may take longer: onward {words[0]} --run {quoted(layout.root)}"
+        raise OnwardError(what, hint=hint) from None
     try:
         return json.loads(done.stdout)
     except ValueError:

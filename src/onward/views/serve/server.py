@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import uvicorn
 from starlette.applications import Starlette
 
-from onward.errors import OnwardError, UsageError
+from onward.errors import OnwardError, Unreadable, UsageError
 from onward.layout import RunLayout
 from onward.service.holder import is_held
 from onward.views.chat.engine import Engine
@@ -143,7 +143,7 @@ class Following:
 
         Raises:
             OnwardError: it cannot be loaded; it is not tried again.
-            OSError, sqlite3.Error: the disk fails, or the ledger is busy.
+            Unreadable, OSError, sqlite3.Error: the disk fails, or the ledger is busy; the next look tries again.
         """
         mark = state_mark(self._layout)
         if mark == self._mark:
@@ -151,8 +151,12 @@ class Following:
         if is_held(self._layout.lock):
             self._give_way()
         self._mark = mark
-        with hold(self._layout) as point:
-            self._engine.move_to(self._layout, point)
+        try:
+            with hold(self._layout) as point:
+                self._engine.move_to(self._layout, point)
+        except (Unreadable, OSError, sqlite3.Error):
+            self._mark = None
+            raise
         self._said(f"{self._engine.loaded.label} answers")
 
 

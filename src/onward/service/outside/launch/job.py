@@ -14,8 +14,8 @@ from onward.config.text import read_config
 from onward.errors import UsageError
 from onward.layout import LEDGER, MANIFEST, RunLayout, typed_path
 from onward.service.outside.elastic import Devices, read_devices
-from onward.service.outside.unit import THREADS, Host
-from onward.text import how_many, printable, quoted
+from onward.service.outside.unit import THREADS, Host, require_printable
+from onward.text import how_many, quoted
 
 PERSON = (2, 4, 5)
 """Exit statuses that no restart can fix: the config is refused, another process owns the run, the state is damaged."""
@@ -107,10 +107,7 @@ def describe(layout: RunLayout, devices: Devices, nodes: int, *, on_cpu: bool | 
     """
     host = host or Host.here()
     run = layout.root.absolute()
-    for path in (str(run), host.python):
-        if printable(path) != path:
-            hint = "Move it to a path of printable characters."
-            raise UsageError("a job cannot use a path with control characters", where=path, hint=hint)
+    require_printable("job", str(run), host.python)
     made = _environment(layout)
     cpu = made.get("device") == "cpu" if on_cpu is None else on_cpu
     threads = _threads(made, host) or THREADS_BESIDE_GPU

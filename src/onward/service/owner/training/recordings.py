@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from onward.events import StepTaken
-from onward.service.owner.crashes import DIED, Deaths
+from onward.service.owner.crashes import Deaths
 from onward.store.ledger import Ledger
 from onward.training.device.errors import tells_of_no_memory
 from onward.training.steps.economy import Learned
@@ -41,7 +41,7 @@ class Recordings:
         """Return whether nothing speaks against recordings, as far as the ledger knows."""
         if self._ledger.get(FACT) == self._machine:
             return False
-        deaths = Deaths(**(self._ledger.get(DIED) or {}))
+        deaths = Deaths.of(self._ledger)
         if deaths.file != self._file_id or deaths.count < DEATHS:
             return True
         self._ledger.add_event("info", f"nothing is replayed here: {deaths.count} processes died in this place")
