@@ -120,11 +120,13 @@ def test_new_tokens_are_trained(kind: str, tied: bool, model: Path, untied: Path
 
 
 def test_new_tokens_are_trained_where_others_are_not(untied: Path, tmp_path: Path) -> None:
-    """Rows that are named for one of embedding and head leave the other with its new rows."""
+    """Rows that are named for one of embedding and head leave the other with its new rows; `train` must name both."""
     lora = {"rank": 2, "trainable_tokens": {"lm_head": [3]}}
     run = Run.create(tmp_path / "run", str(untied), later=True, tokens=TOKENS, lora=lora)
     ids = [len(tiny.byte_tokenizer()) + place for place in range(len(TOKENS))]
     assert {"lm_head": [3, *ids], "model.embed_tokens": ids} == run.config.lora.trainable_tokens
+    with pytest.raises(ConfigError, match=r"train leaves out model\.embed_tokens.* new tokens would not be trained"):
+        Run.create(tmp_path / "full", str(untied), later=True, tokens=TOKENS, method="full", train=["lm_head", "mlp"])
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])

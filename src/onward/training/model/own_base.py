@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -91,11 +92,18 @@ def _tables(model: PreTrainedModel) -> list[torch.Tensor]:
 
 def _with_rows(config: Config, ids: Sequence[int], model: PreTrainedModel) -> Config:
     """Return the config of an adapter that trains the new rows of embedding and head too, unless it trains them in
-    full."""
+    full.
+
+    Raises:
+        ConfigError: in full training, `train` leaves them out.
+    """
     tokens, saved = config.lora.trainable_tokens, config.lora.modules_to_save
     tables = _table_names(model)
     left = [names for names in tables if not _ends(names, saved)]
-    if config.method == "full" or not left:
+    if config.method == "full":
+        _require_trained(config.train, tables)
+        return config
+    if not left:
         return config
     if isinstance(tokens, dict) or len(left) < len(tables):
         given = tokens if isinstance(tokens, dict) else dict.fromkeys((names[0] for names in left), tokens)
@@ -104,6 +112,16 @@ def _with_rows(config: Config, ids: Sequence[int], model: PreTrainedModel) -> Co
     else:
         rows = sorted({*tokens, *ids})
     return config.model_copy(update={"lora": config.lora.model_copy(update={"trainable_tokens": rows})})
+
+
+def _require_trained(patterns: Sequence[str], tables: Sequence[Sequence[str]]) -> None:
+    for names in tables if patterns else ():
+        if not any(re.search(pattern, f"{name}.weight") for pattern in patterns for name in names):
+            raise ConfigError(
+                f"train leaves out {names[0]}, so that the rows of the new tokens would not be trained",
+                where="train",
+                hint=f"Add {names[0]} to train, or leave tokens out.",
+            )
 
 
 def _table_names(model: PreTrainedModel) -> list[list[str]]:
