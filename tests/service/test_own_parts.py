@@ -90,18 +90,16 @@ def train_both_ways(tmp_path: Path, model: Path, files: list[Path], **settings: 
 
 
 @pytest.mark.parametrize(
-    ("kind", "tied"), [("rows", True), ("rows", False), ("modules", True), ("modules", False), ("full", False)]
+    ("kind", "tied"), [("rows", True), ("rows", False), ("modules", True), ("one module", False), ("full", False)]
 )
 def test_new_tokens_are_trained(kind: str, tied: bool, model: Path, untied: Path, tmp_path: Path) -> None:
     """A run with `tokens` keeps a grown base and its tokenizer, trains the new rows, and goes on exactly.
 
-    A new row begins as the mean of the others, in the embedding and in the head.
+    A new row begins as the mean of the others, in the embedding and in the head, and is trained in both, even if one of
+    the two is trained in full.
     """
-    settings: dict[str, Any] = (
-        {"lora": {"rank": 2}}
-        if kind == "rows"
-        else {"lora": {"rank": 2, "modules_to_save": ["embed_tokens", "lm_head"]}}
-    )
+    saved = {"rows": [], "modules": ["embed_tokens", "lm_head"], "one module": ["embed_tokens"]}
+    settings: dict[str, Any] = {"lora": {"rank": 2, "modules_to_save": saved[kind]}} if kind in saved else {}
     if kind == "full":
         settings = {"method": "full"}
     base = model if tied else untied
@@ -111,15 +109,26 @@ def test_new_tokens_are_trained(kind: str, tied: bool, model: Path, untied: Path
     ids = [len(before), len(before) + 1]
     assert ids == after.convert_tokens_to_ids(TOKENS)
     assert [ids[0]] == after("<tool>", add_special_tokens=False)["input_ids"]
-    assert (ids if kind == "rows" else []) == run.config.lora.trainable_tokens
+    assert {"rows": ids, "one module": {"lm_head": ids}}.get(kind, []) == run.config.lora.trainable_tokens
     state = stock.open_state(run.layout.root)
     torch.testing.assert_close(stock.logits(state.model), stock_logits(run), rtol=0, atol=1e-6)
     loaded = [AutoModelForCausalLM.from_pretrained(folder) for folder in (base, run.layout.root / "base")]
     for old, grown in zip(*map(tables, loaded), strict=True):
         assert torch.equal(old, grown[: len(old)])
         torch.testing.assert_close(old.mean(0).expand(2, -1), grown[ids])
-    assert not torch.equal(embedding(loaded[1])[ids[0]], embedding(state.model)[ids[0]])
+    for grown, trained in zip(tables(loaded[1]), tables(state.model), strict=True):
+        assert not torch.equal(grown[ids[0]], trained[ids[0]])
     assert run.verify(deep=kind == "rows" and tied).ok
+
+
+def test_new_tokens_are_trained_where_others_are_not(untied: Path, tmp_path: Path) -> None:
+    """Rows that are named for one of embedding and head leave the other with its new rows; `train` must name both."""
+    lora = {"rank": 2, "trainable_tokens": {"lm_head": [3]}}
+    run = Run.create(tmp_path / "run", str(untied), later=True, tokens=TOKENS, lora=lora)
+    ids = [len(tiny.byte_tokenizer()) + place for place in range(len(TOKENS))]
+    assert {"lm_head": [3, *ids], "model.embed_tokens": ids} == run.config.lora.trainable_tokens
+    with pytest.raises(ConfigError, match=r"train leaves out model\.embed_tokens.* new tokens would not be trained"):
+        Run.create(tmp_path / "full", str(untied), later=True, tokens=TOKENS, method="full", train=["lm_head", "mlp"])
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])

@@ -167,19 +167,20 @@ def _token_tables(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     names = {id(part): name for name, part in model.named_modules()}
     embedding, head = model.get_input_embeddings(), cast(Any, model.get_output_embeddings())
     yield names[id(embedding)], embedding
-    if head is not None and not _is_tied(model):
+    if head is not None and not is_tied(model):
         yield names[id(head)], head
 
 
 def _ties_saved(modules: Collection[str], model: PreTrainedModel) -> bool:
     """Whether embedding and head are tied and one of them is fully trained, so that both must be the trained one."""
-    if not modules or not _is_tied(model):
+    if not modules or not is_tied(model):
         return False
     tables = (model.get_input_embeddings(), model.get_output_embeddings())
     names = [name for name, part in model.named_modules() if any(part is table for table in tables)]
     return any(name.endswith(module) for name in names for module in modules)
 
 
-def _is_tied(model: PreTrainedModel) -> bool:
+def is_tied(model: PreTrainedModel) -> bool:
+    """Return whether embedding and head are one weight."""
     head: Any = model.get_output_embeddings()
     return head is not None and head.weight is cast(Any, model.get_input_embeddings()).weight
