@@ -355,7 +355,9 @@ the chat is rendered once more with unique words in its place. No row is trained
 
 The loss of a step is the mean over all covered tokens of all its rows, whatever `gradient_accumulation` is. If rows or
 answers have weights, it is the weighted mean: the sum of weight times loss, divided by the sum of the weights. The
-weight of a row multiplies that of an answer in it. `onward grid` measures without weights.
+weight of a row multiplies that of an answer in it. `onward grid` measures without weights. Only the anchor can be part
+of the loss besides ([What the model knows](knowledge.md#the-anchor)): there is no term for the routers of a mixture of
+experts, and no label smoothing.
 
 ## Rows that are too long
 

@@ -40,24 +40,26 @@ class Outcome:
 
 
 class Typed(io.TextIOWrapper):
-    """What somebody types on a terminal; lone surrogates are bytes that are not UTF-8."""
+    """What somebody types on a terminal or sends through a pipe; lone surrogates are bytes that are not UTF-8."""
 
-    def __init__(self, typed: str) -> None:
+    def __init__(self, typed: str, terminal: bool) -> None:
         super().__init__(io.BytesIO(typed.encode(errors="surrogateescape")), encoding="utf-8")
+        self._terminal = terminal
 
     def isatty(self) -> bool:
-        return True
+        return self._terminal
 
 
-def onward(*arguments: object, typed: str | None = None) -> Outcome:
+def onward(*arguments: object, typed: str | None = None, terminal: bool = True) -> Outcome:
     """Run the command line in this process; an exception that escapes fails the test.
 
     Args:
         typed: what is typed on a terminal; None if there is no terminal.
+        terminal: false if it comes through a pipe.
     """
     out, err = io.StringIO(), io.StringIO()
     argv, stdin = sys.argv, sys.stdin
-    sys.argv, sys.stdin = ["onward", *map(str, arguments)], io.StringIO() if typed is None else Typed(typed)
+    sys.argv, sys.stdin = ["onward", *map(str, arguments)], io.StringIO() if typed is None else Typed(typed, terminal)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             cli.main()

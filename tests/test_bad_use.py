@@ -60,11 +60,11 @@ def test_what_destroys_asks_on_a_terminal(command: list[str], typed: str, untouc
     assert_refused(onward(*command, "--run", untouched, typed=typed), 1, str(untouched), "[y/N]: ", "interrupted")
 
 
-@pytest.mark.parametrize("typed", ["y\n", " YES \n"])
-def test_a_yes_is_enough(run: Path, tmp_path: Path, typed: str) -> None:
-    """Question and result do not mix: stdout has the result alone."""
+@pytest.mark.parametrize(("typed", "terminal"), [("y\n", True), (" YES \n", False)])
+def test_a_yes_is_enough(run: Path, tmp_path: Path, typed: str, terminal: bool) -> None:
+    """On a terminal and through a pipe. Question and result do not mix: stdout has the result alone."""
     copy = Path(shutil.copytree(run, tmp_path / "run"))
-    outcome = onward("rollback", "--to", "step-0", "--json", "--run", copy, typed=typed)
+    outcome = onward("rollback", "--to", "step-0", "--json", "--run", copy, typed=typed, terminal=terminal)
     assert (0, "{") == (outcome.status, outcome.out[:1])
     assert 0 == outcome.json["global_step"]
     assert outcome.err.startswith("go back to step-0 and undo every later file of ")
@@ -200,13 +200,23 @@ def test_what_stands_in_a_directory_is_not_made_over(run: Path, model: Path, tmp
     assert (0, 3, True) == (made.status, made.json["config"]["batch_size"], "slower than Onward's" in made.err)
 
 
-@pytest.mark.parametrize("text", ["", "{}", "no JSON"])
-def test_a_tokenizer_that_cannot_be_used_is_refused_by_init(text: str, model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "text", "hint"),
+    [
+        ("tokenizer.json", "", "save_pretrained"),
+        ("tokenizer.json", "{}", "save_pretrained"),
+        ("tokenizer.json", "no JSON", "save_pretrained"),
+        ("tokenizer_config.json", '{"tokenizer_class": "PreTrainedTokenizerFast"}', 'set "eos_token"'),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_used_is_refused_by_init(
+    name: str, text: str, hint: str, model: Path, tmp_path: Path
+) -> None:
     """A base without a usable tokenizer is wrong usage, named by its folder, and nothing is made."""
     broken = Path(shutil.copytree(model, tmp_path / "broken"))
-    (broken / "tokenizer.json").write_text(text)
+    (broken / name).write_text(text)
     outcome = onward("init", tmp_path / "new", "--model", broken)
-    assert_refused(outcome, 2, "tokenizer", str(broken), "save_pretrained")
+    assert_refused(outcome, 2, "tokenizer", str(broken), hint)
     assert not (tmp_path / "new").exists()
 
 

@@ -203,11 +203,17 @@ def test_a_profile_of_a_device_is_of_its_kernels() -> None:
 
 
 def test_what_the_stream_still_owes_may_be_given_again(copy: Path, tmp_path: Path) -> None:
-    """Repeating `add` or `train` while the file waits is no error: a command may be repeated after a kill."""
+    """Repeating `add` or `train` while the file waits is no error: a command may be repeated after a kill.
+
+    The same content under another name is no repetition, and is refused.
+    """
     file = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.chat_rows(4, 30))
     assert 0 == onward("add", file, "--run", copy).status
     again = onward("add", file, "--run", copy)
     assert (0, True) == (again.status, "1 was already in the stream" in again.err)
+    (tmp_path / "b.jsonl").write_bytes(file.read_bytes())
+    renamed = onward("add", tmp_path / "b.jsonl", "--run", copy)
+    assert (3, True) == (renamed.status, "onward add --again FILE" in renamed.err)
     done = onward("train", file, "--run", copy, "--json")
     assert ["a.jsonl"] == [entry["name"] for entry in done.json]
 

@@ -184,6 +184,7 @@ def test_a_saved_dataset_is_taken_in_as_one_file(model: Path, tmp_path: Path) ->
     (tmp_path / "sets" / "dataset_dict.json").write_text(json.dumps({"splits": ["train"]}))
     assert_refused(onward("add", folder.parent, "--run", run), 2, "1 splits (train)", f"{folder}")
     shown = onward("preview", folder, "--run", run, "--json")
+    assert "train.arrow" == onward("preview", folder, "--estimate", "--run", run, "--json").json["name"]
     assert [row["text"] + "<|im_end|>" for row in rows] == [
         "".join(segment["text"] for segment in row["segments"]) for row in shown.json
     ]

@@ -148,6 +148,11 @@ class RunLayout:
         return self.root / "cache"
 
     @property
+    def base_revision(self) -> Path:
+        """In which folder of the hub's cache the base model is."""
+        return self.cache / "base.json"
+
+    @property
     def tokens(self) -> Path:
         """Tokenized files."""
         return self.cache / "tokens"

@@ -288,6 +288,19 @@ def test_bad_rows_publish_nothing(tmp_path: Path) -> None:
     assert [path] == list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("tiled", [True, False])
+def test_a_row_without_a_target_is_refused(tmp_path: Path, tiled: bool) -> None:
+    """A text that is the end token alone, or of which the tokenizer leaves out every character, trains nothing: such a
+    row would make the loss of a step of its own 0 / 0."""
+    tokenizer = byte_tokenizer()
+    if not tiled:
+        tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\x01", "")
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in ("<|im_end|>", "a", "\x01", "\x01b")])
+    report = tokenize_file(path, tmp_path / "t", sha256_file(path), RowTokenizer(TokenizerState.of(tokenizer), 9))
+    assert ([1] if tiled else [1, 3]) == [problem.line for problem in report.problems]
+    assert "nothing of the row would be trained: the tokenizer makes 1 token of it" == report.problems[0].reason
+
+
 def test_counts_of_the_length_policy(tmp_path: Path) -> None:
     """Cut and dropped rows are counted; refused ones are problems; with nothing left the file is refused."""
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x" * length} for length in (5, 50, 60)])

@@ -114,13 +114,14 @@ def test_rows_without_questions_and_few_rows_are_not_judged() -> None:
 
 
 def test_an_answer_is_measured_after_the_next_question_with_another_answer() -> None:
-    """Same answers are not exchanged, nor is what has no question or no answer; all of it is measured in one go."""
+    """Same answers are not exchanged, nor is what has no question or no answer, nor what would be longer than the model
+    has positions; all of it is measured in one go."""
     text = Row(np.array([0, 5, 5, END]), np.arange(4) > 0)
     unanswered = Row(np.array([0, 0, 15, 9]), np.zeros(4, dtype=bool))
     short = Row(np.array([0, 14, 7, END]), np.arange(4) > 1)
     rows = [row(10, 5), row(11, 5), text, unanswered, row(12, 6), short]
     measured: list[list[tuple[list[int], int]]] = []
-    results = iter(([1.0, 1.0, 3.0, 2.0], [1.5, 1.0, 1.0, 1.0]))
+    results = iter(([1.0, 1.0, 3.0, 2.0], [1.5, 1.0, 1.0, 1.0], [1.0, 1.0, 3.0], [1.0, 1.0, 1.0]))
 
     def record(asked: Sequence[Row]) -> list[float]:
         measured.append([(each.ids.tolist(), int(np.argmax(each.targets))) for each in asked])
@@ -130,6 +131,8 @@ def test_an_answer_is_measured_after_the_next_question_with_another_answer() -> 
     own = [([0, 0, 10, 5, END], 3), ([0, 0, 11, 5, END], 3), ([0, 0, 12, 6, END], 3), ([0, 14, 7, END], 2)]
     other = [([0, 0, 12, 5, END], 3), ([0, 0, 12, 5, END], 3), ([0, 14, 6, END], 2), ([0, 0, 10, 7, END], 3)]
     assert [own, other] == measured
+    fit_of(rows, record, longest=4)
+    assert [own[:3], [([0, 14, 5, END], 2), ([0, 14, 5, END], 2), ([0, 14, 6, END], 2)]] == measured[2:]
 
 
 @pytest.mark.parametrize(

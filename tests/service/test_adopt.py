@@ -24,7 +24,7 @@ from runs import new_run
 from safetensors.torch import load_file
 from states import read_state
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from onward import Run
 from onward.data.tokenizer import load_tokenizer_state
@@ -173,6 +173,23 @@ def test_adopting_onwards_own_checkpoint_continues_it_exactly(model: Path, tmp_p
     assert expected == actual
 
 
+def test_another_base_than_onward_recorded_is_refused_or_told(
+    saved: dict[str, Saved], model: Path, tmp_path: Path
+) -> None:
+    """An adapter of Onward's own is adopted on the base that it was trained on; on another one if that is named."""
+    base = Path(shutil.copytree(model, tmp_path / "base"))
+    Run.adopt(saved["lora"].folder, tmp_path / "old", str(base), settings=SETTINGS)
+    checkpoint = tmp_path / f"old/current_model/checkpoint-{STEPS}"
+    values = json.loads((base / "config.json").read_bytes())
+    (base / "config.json").write_text(json.dumps({**values, "rms_norm_eps": 1e-3}))
+    with pytest.raises(ModelError, match="not the one on which this adapter was trained") as caught:
+        Run.adopt(checkpoint, tmp_path / "new")
+    assert f"onward init NEW_RUN --model {base} --adapter {checkpoint}" in str(caught.value.hint)
+    told: list[str] = []
+    Run.adopt(checkpoint, tmp_path / "new", str(base), report=told.append)
+    assert 1 == sum("not the one on which this adapter was trained" in line for line in told)
+
+
 @pytest.mark.parametrize("named", ["by model", "by the checkpoint"])
 def test_a_full_run_outlives_the_trainers_checkpoint(
     named: str, checkpoint: Callable[[str], Path], model: Path, tmp_path: Path, file: Path
@@ -222,12 +239,16 @@ def test_a_base_named_relatively_is_found_from_anywhere(
 
 
 def test_the_tokenizer_is_the_checkpoints(checkpoint: Callable[[str], Path], model: Path, tmp_path: Path) -> None:
-    """A chat template that was trained with wins over the base model's."""
+    """Chat templates that were trained with, also one for chats with tools, win over the base model's."""
     folder = checkpoint("full")
-    tiny.byte_tokenizer(tiny.CHATML.replace("<|im_end|>", "<|im_end|> ")).save_pretrained(folder)
+    tokenizer = tiny.byte_tokenizer()
+    own = tiny.CHATML.replace("<|im_end|>", "<|im_end|> ")
+    tokenizer.chat_template = {"default": own, "tool_use": "{{ tools | tojson }}" + own}
+    tokenizer.save_pretrained(folder)
     Run.adopt(folder, tmp_path / "run", str(model))
-    expected = (folder / "chat_template.jinja").read_text()
-    assert expected == (tmp_path / "run/current_model/chat_template.jinja").read_text() != tiny.CHATML
+    kept = AutoTokenizer.from_pretrained(tmp_path / "run/tokenizer")
+    written = AutoTokenizer.from_pretrained(tmp_path / "run/current_model")
+    assert tokenizer.chat_template == kept.chat_template == written.chat_template
 
 
 def test_the_command_line_adopts(saved: dict[str, Saved], program: Path, model: Path, tmp_path: Path) -> None:

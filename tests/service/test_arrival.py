@@ -22,6 +22,7 @@ from onward.service.intake.budget import Spending
 from onward.service.intake.checking import Intake
 from onward.service.intake.inbox import STUCK, Inbox
 from onward.service.intake.rules import RowRules
+from onward.service.owner import faults
 from onward.service.state.retention import DAY, Retention
 from onward.store.ledger import Ledger, make_ledger
 from onward.store.rows import FileRow
@@ -419,14 +420,22 @@ def test_what_cannot_be_taken_out_holds_up_nothing(layout: RunLayout, tmp_path: 
 
 
 def test_compressed_originals_still_train(model: Path, tmp_path: Path) -> None:
-    """With `compress_archive` finished originals are packed; the proof and a replay read them as before."""
+    """With `compress_archive` finished originals are packed; the proof and a replay read them as before, and a file
+    that is quarantined is put into `rejected/` as it came.
+    """
     run = new_run(tmp_path / "run", model, max_length=256, compress_archive=True, lora={"rank": 2})
     files = [tiny.write_jsonl(tmp_path / f"{n}.jsonl", tiny.chat_rows(n, seed=n)) for n in (9, 5)]
     run.train(*files)
     assert ["5.jsonl.zst", "9.jsonl.zst"] == sorted(path.name for path in run.layout.archive.iterdir())
     shutil.rmtree(run.layout.tokens)
     assert run.verify(deep=True).ok
-    packed = run.layout.archive / "5.jsonl.zst"
+    run.rollback("9.jsonl", requeue=True)
+    run.layout.rejected.rmdir()
+    with Ledger(run.layout.ledger) as ledger:
+        faults.quarantine(run.layout, ledger, *ledger.files("queued"), reason="it cannot be trained")
+    assert ["5.jsonl", "5.jsonl.report.json"] == sorted(path.name for path in run.layout.rejected.iterdir())
+    assert files[1].read_bytes() == (run.layout.rejected / "5.jsonl").read_bytes()
+    packed = run.layout.archive / "9.jsonl.zst"
     packed.write_bytes(packed.read_bytes()[:-3])
     assert ["originals"] == [check.name for check in run.verify().checks if not check.ok]
 

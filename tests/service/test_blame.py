@@ -68,25 +68,28 @@ def noted(observed: list[str]) -> Callable[[Event], None]:
     return lambda event: observed.append(event.message) if isinstance(event, Note) else None
 
 
-def learned_positions(folder: Path, positions: int) -> Path:
-    """Save a tiny model that has learned this many positions."""
+LAST = "<|last|>"
+
+
+def embedded(folder: Path, *, without: int) -> Path:
+    """Save a tiny model whose embedding lacks this many of its tokenizer's tokens, `LAST` being the first to go."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    tokenizer = tiny.byte_tokenizer()
-    config = GPT2Config(vocab_size=len(tokenizer), n_positions=positions, n_embd=16, n_layer=1, n_head=2)
+    tokenizer = tiny.byte_tokenizer(extra=[LAST])
+    config = GPT2Config(vocab_size=len(tokenizer) - without, n_positions=64, n_embd=16, n_layer=1, n_head=2)
     GPT2LMHeadModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
 def test_rows_that_the_model_cannot_take(tmp_path: Path) -> None:
-    """A row beyond the positions that the model has learned puts its file into quarantine; the others are trained."""
-    base = learned_positions(tmp_path / "base", 64)
+    """A row with a token that the model has not puts its file into quarantine; the others are trained."""
+    base = embedded(tmp_path / "base", without=0)
     settings: dict[str, Any] = {**SETTINGS, "max_length": 64, "method": "full"}
     run = Run.create(tmp_path / "run", str(base), **settings)
-    for name, text in zip(NAMES, ("short", "a text that is longer than the model can take", "short, too"), strict=True):
+    for name, text in zip(NAMES, ("one", f"a text with {LAST}", "another"), strict=True):
         run.add(tiny.write_jsonl(tmp_path / name, [{"text": text}]))
-    learned_positions(base, 16)  # what `add` could not know
+    embedded(base, without=1)  # what `add` could not know
     with pytest.raises(TrainingError, match=r"b.jsonl cannot be trained: IndexError: index out of range") as refused:
         run.train()
     assert "onward skip file:2 takes the file out" in str(refused.value)
@@ -98,6 +101,13 @@ def test_rows_that_the_model_cannot_take(tmp_path: Path) -> None:
     assert "b.jsonl quarantined (rejected/b.jsonl.report.json): IndexError" in taken_out
     assert (run.layout.rejected / "b.jsonl.report.json").is_file()
     assert run.verify(deep=True).ok
+    run.add(tiny.write_jsonl(tmp_path / "d.jsonl", [{"text": "long " * 20}]))
+    config = run.layout.config.read_text()
+    run.layout.config.write_text(config.replace("max_length: 64", "max_length: 65"))
+    with pytest.raises(ConfigError, match="max_length is 65, the model has learned 64 positions"):
+        run.train()  # the config is to blame for rows of 65 tokens, not the file
+    run.layout.config.write_text(config)
+    assert ["d.jsonl"] == [file["name"] for file in run.train()]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny
 from commands import snapshot
+from daemons import configure
 from states import assert_same_state
 
 from onward import Run
@@ -44,12 +45,14 @@ def test_a_copy_trained_on_is_the_run(step: int, run: Run, tmp_path: Path) -> No
 
 
 def test_what_waits_and_who_is_told_stay_with_the_run(run: Run, tmp_path: Path) -> None:
-    """A copy has the stream's files in its queue, no others, and notifies nobody."""
+    """A copy has the stream's files in its queue, notifies nobody, and reads `evaluation.files` where they are."""
+    configure(run, evaluation={"files": ["../general.jsonl", "/there/q.jsonl"]})
     copy = Run(copy_run(run.layout, tmp_path / "copy", 3).root)
     queued = [entry["name"] for entry in copy.history() if entry["state"] == "queued"]
     assert ["14.jsonl", "6.jsonl"] == queued
     assert "" == copy.config.notify.command
     assert "false" == run.config.notify.command
+    assert [f"{run.layout.root}/../general.jsonl", "/there/q.jsonl"] == copy.config.evaluation.files
 
 
 def test_a_boundary_that_is_not_kept_is_refused(run: Run, tmp_path: Path) -> None:

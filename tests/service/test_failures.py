@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
 import threading
-import time
 from collections import namedtuple
 from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, call
 
 import pytest
 import tiny
@@ -30,8 +28,9 @@ from onward.service.holder import read_heartbeat
 from onward.service.owner import disk
 from onward.service.owner.alongside.heartbeat import Heartbeat
 from onward.service.owner.crashes import Crash, Deaths
+from onward.service.owner.recovery import Recovery
 from onward.service.pauses import LONGEST, pause_after
-from onward.service.proof.doctor.examination import examine
+from onward.service.shown import FAILED
 from onward.service.wishes import Wishes
 from onward.status import read_status
 from onward.store.ledger import Ledger
@@ -48,6 +47,7 @@ SETTINGS: dict[str, Any] = {
     "disk_margin_mb": 1,
     "lora": {"rank": 4, "dropout": 0.0},
 }
+Twin = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +69,18 @@ def files(folder: Path) -> list[Path]:
     return [tiny.write_jsonl(folder / f"{n}.jsonl", tiny.chat_rows(n, seed=n)) for n in (10, 14, 7)]
 
 
-def twin(run: Run, model: Path, *names: str, **settings: Any) -> Path:
-    """A run that had only the files named."""
-    root = run.layout.root.parent / f"twin-{len(names)}"
-    made = new_run(root, model, **{**SETTINGS, **settings})
-    made.train(*[run.layout.root.parent / name for name in names])
-    return root
+@pytest.fixture(scope="module")
+def twin(ready: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Twin:
+    """A function that returns a run that had only the files named."""
+    folder = tmp_path_factory.mktemp("twins")
+
+    @cache
+    def made(*names: str) -> Path:
+        run = new_run(folder / "-".join(names), model, **SETTINGS)
+        run.train(*(ready / name for name in names))
+        return run.layout.root
+
+    return made
 
 
 def states(run: Run) -> dict[str, str]:
@@ -97,7 +103,7 @@ def fail_in(monkeypatch: pytest.MonkeyPatch, rows: int, error: Callable[[], Exce
 
 
 def test_a_file_that_fails_is_tried_again_then_quarantined(
-    run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, twin: Twin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It goes back to its boundary each time; then it is taken out, with a report, and the state never had it."""
     failed = fail_in(monkeypatch, 14, lambda: TrainingError("the loss of step 6 is not finite"))
@@ -107,19 +113,19 @@ def test_a_file_that_fails_is_tried_again_then_quarantined(
     report = json.loads((run.layout.rejected / "14.jsonl.report.json").read_text())
     assert "the loss of step 6 is not finite" == report["problems"][0]["reason"]
     assert (run.layout.archive / "14.jsonl").read_bytes() == (run.layout.rejected / "14.jsonl").read_bytes()
-    assert_same_state(twin(run, model, "10.jsonl", "7.jsonl"), run.layout.root)
+    assert_same_state(twin("10.jsonl", "7.jsonl"), run.layout.root)
     assert run.verify(deep=True).ok
 
 
 def test_a_file_that_fails_once_is_trained_as_if_it_had_not(
-    run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, twin: Twin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second try that succeeds leaves the state of a run without failure."""
     failed = fail_in(monkeypatch, 14, lambda: TrainingError("a cosmic ray"), times=1)
     assert 0 == run.watch(once=True)
     assert [5] == failed
     assert {"done"} == set(states(run).values())
-    assert_same_state(twin(run, model, "10.jsonl", "14.jsonl", "7.jsonl"), run.layout.root)
+    assert_same_state(twin("10.jsonl", "14.jsonl", "7.jsonl"), run.layout.root)
     assert run.verify(deep=True).ok
 
 
@@ -159,7 +165,7 @@ def test_a_row_too_large_for_memory_is_quarantined(run: Run, monkeypatch: pytest
     assert {"10.jsonl": "done", "7.jsonl": "done", "14.jsonl": "quarantined"} == states(run)
 
 
-def test_a_failure_of_the_machine_is_waited_out(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_of_the_machine_is_waited_out(run: Run, twin: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error that no file is to blame for is shown by `status`, and training goes on from the last commit."""
     notes: list[str] = []
     fail_in(monkeypatch, 14, lambda: OSError(5, "Input/output error"), times=2)
@@ -167,10 +173,10 @@ def test_a_failure_of_the_machine_is_waited_out(run: Run, model: Path, monkeypat
         once=True, observe=lambda event: notes.append(str(event)) if isinstance(event, Note) else None
     )
     assert 2 == sum("tried again in" in note for note in notes)
-    assert_same_state(twin(run, model, "10.jsonl", "14.jsonl", "7.jsonl"), run.layout.root)
+    assert_same_state(twin("10.jsonl", "14.jsonl", "7.jsonl"), run.layout.root)
 
 
-def test_a_config_that_cannot_be_read_waits_for_a_person(run: Run, model: Path) -> None:
+def test_a_config_that_cannot_be_read_waits_for_a_person(run: Run, twin: Twin) -> None:
     """A config broken at a boundary fails visibly; mending it is enough."""
     text, problems = run.layout.config.read_text(), list[str]()
 
@@ -183,7 +189,7 @@ def test_a_config_that_cannot_be_read_waits_for_a_person(run: Run, model: Path) 
 
     assert 0 == run.watch(once=True, observe=break_and_mend)
     assert "batch_size: 'many' is refused" in problems[0]
-    assert_same_state(twin(run, model, "10.jsonl", "14.jsonl", "7.jsonl"), run.layout.root)
+    assert_same_state(twin("10.jsonl", "14.jsonl", "7.jsonl"), run.layout.root)
 
 
 def test_a_run_that_cannot_be_opened_is_refused_at_the_start(run: Run, model: Path) -> None:
@@ -207,10 +213,17 @@ def test_deaths_in_one_file_are_counted(run: Run, before: int, refused: int, sta
 
 
 def test_a_process_waits_longer_after_each_death_from_the_third_on() -> None:
-    """The first deaths in one place cost no time; then each wait is twice the one before, up to five minutes."""
+    """The first deaths in one place cost no time; then each wait is twice the one before, up to five minutes. A start
+    that fails and is tried again does not wait again.
+    """
     counts = (*range(6), 10, 11, 2000)
     waits = [Crash("training", None, Deaths(count=count)).waits for count in counts]
     assert [0, 0, 0, 2, 4, 8, 256, 300, 300] == waits
+    owned = MagicMock(wishes=SimpleNamespace(pending=True))  # so that no time is spent
+    recovery = Recovery(owned, Crash("training", None, Deaths(step=5, count=4)))
+    recovery.after_death()
+    recovery.after_death()
+    assert [call(FAILED, "the process died 4 times after step 5; goes on in 4 s")] == owned.shown.set.mock_calls
 
 
 @pytest.mark.parametrize("first", [0.05, 1.0, 2.0, 10.0])
@@ -224,22 +237,18 @@ def test_pauses_double_up_to_a_limit_whatever_fails_for_however_long(first: floa
 
 @pytest.mark.parametrize("missing", [0, 1])
 def test_room_is_what_is_needed_and_the_margin(run: Run, monkeypatch: pytest.MonkeyPatch, missing: int) -> None:
-    """A daemon waits if one byte is missing of both together, and for nothing if none is."""
-
-    class Waits(Exception):
-        pass
-
-    def obey() -> None:
-        raise Waits
-
+    """A daemon waits if one byte is missing of both together, and for nothing if none is; a stop that ends the wait is
+    not reported as room.
+    """
     needed, usage = 1000, namedtuple("usage", "free")
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage(needed + (1 << 20) - missing))
     owned = MagicMock(settings=SimpleNamespace(current=run.config), layout=run.layout, wishes=Wishes())
-    with pytest.raises(Waits) if missing else contextlib.nullcontext():
-        disk.DiskRoom(owned, True, obey).wait(needed)
+    disk.DiskRoom(owned, True, lambda: owned.wishes.ask("SIGTERM")).wait(needed)
+    assert bool(missing) == owned.wishes.pending
+    assert [] == owned.ledger.add_event.mock_calls
 
 
-def test_disk_below_the_margin_pauses_and_goes_on(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_below_the_margin_pauses_and_goes_on(run: Run, twin: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
     """With too little room, the daemon pauses in the middle of a file, says so, and continues by itself."""
     usage, seen = namedtuple("usage", "total used free"), list[dict[str, Any]]()
     room = {"free": 1 << 40, "asked": 0}
@@ -262,7 +271,7 @@ def test_disk_below_the_margin_pauses_and_goes_on(run: Run, model: Path, monkeyp
     assert 0 == run.watch(once=True, observe=fill)
     assert ["paused"] == [status["state"] for status in seen]
     assert 1 == len(seen)
-    assert_same_state(twin(run, model, "10.jsonl", "14.jsonl", "7.jsonl"), run.layout.root)
+    assert_same_state(twin("10.jsonl", "14.jsonl", "7.jsonl"), run.layout.root)
 
 
 def test_an_observer_that_fails_is_dropped(run: Run) -> None:
@@ -323,22 +332,3 @@ def test_the_heartbeat_tells_a_hung_step_from_a_dead_process(run: Run) -> None:
     assert (31.0, True) == (age, "no heartbeat for 31 s" in str(problem))
     heart.moved()
     assert not heart.hangs
-
-
-def test_status_and_doctor_read_the_heartbeat(run: Run) -> None:
-    """A process that holds the lock and hangs is named by both; what an earlier one left says nothing about it."""
-    holder = run.layout.lock.with_name(".lock.holder")
-    fact = {"at": time.time() - 100.0, "quiet": 0.0, "hangs": False, "pid": os.getpid()}
-    with run._owned() as ledger:
-        started = json.loads(holder.read_text())
-        ledger.put(state="training", heartbeat=fact)
-        for earlier in (started, {**started, "pid": 1, "started": 0.0}):
-            holder.write_text(json.dumps(earlier))
-            assert [None, None] == [run.status()[key] for key in ("heartbeat_seconds", "problem")]
-            assert "heartbeat" not in {finding.subject for finding in examine(run.layout)}
-        for own in (json.dumps({**started, "started": fact["at"]}), ""):
-            holder.write_text(own)
-            assert "no heartbeat for 100 s" in run.status()["problem"]
-            (finding,) = [finding for finding in examine(run.layout) if finding.subject == "heartbeat"]
-            assert "error" == finding.level
-    assert run.status()["heartbeat_seconds"] is None

@@ -222,24 +222,66 @@ def test_the_grid_is_what_plain_transformers_computes(
 
 
 def test_questions_of_a_user(model: Path, files: list[Path], tmp_path: Path) -> None:
-    """Files of `evaluation.files` are columns and never trained; a missing one is refused before the first step."""
-    settings = {**SETTINGS, "evaluation": {"share": 0.05, "files": ["general.jsonl"]}, "anchor": {"rows": 0}}
+    """Files of `evaluation.files` are columns and never trained; a missing one is refused before the first step.
+
+    One with the content of a file of the stream is measured on that file's held-out rows.
+    """
+    asked = {"share": 0.05, "files": ["general.jsonl", "same.jsonl"]}
+    settings: dict[str, Any] = {**SETTINGS, "evaluation": asked, "anchor": {"rows": 0}}
     run = Run.create(tmp_path / "run", str(model), **settings)
+    (run.layout.root / "same.jsonl").write_bytes(files[0].read_bytes())
     with pytest.raises(ConfigError, match="a file to measure on cannot be read"):
         run.train(files[0])
     assert 0 == run.status()["global_step"]
     tiny.write_jsonl(run.layout.root / "general.jsonl", tiny.chat_rows(3, seed=99))
     run.train()
     grid = onward("grid", "--run", run.layout.root, "--json").json
-    assert [(1, "a.jsonl"), (None, "general.jsonl")] == [(file["position"], file["name"]) for file in grid["files"]]
+    names = [(1, "a.jsonl"), (None, "general.jsonl"), (None, "same.jsonl")]
+    assert names == [(file["position"], file["name"]) for file in grid["files"]]
+    held_out = [sorted(grid["files"][place]["rows"]) for place in (0, 2)]
+    assert [list(held_out_rows(0, grid["files"][0]["sha256"], 11, 2))] * 2 == held_out
     assert [None, None] == grid["anchor"]
     assert all(value is not None for row in grid["loss"] for value in row)
+    assert [row[0] for row in grid["loss"]] == [row[2] for row in grid["loss"]]
     assert 9 == sum(entry["rows_trained"] for entry in run.history())
     seen = onward("evaluate", "--run", run.layout.root, "--at", "a.jsonl", "--json").json
-    assert [grid["loss"][1][0], grid["loss"][1][1]] == [file["loss"] for file in sorted_by(grid, seen["files"])]
+    assert [(1, grid["loss"][1][0]), (None, grid["loss"][1][1])] == [
+        (file["position"], file["loss"]) for file in sorted_by(grid, seen["files"])
+    ]
     drawn = onward("grid", "--run", run.layout.root, "--svg", tmp_path / "grid.svg", "--csv")
     assert (0, 3) == (drawn.status, len(drawn.out.splitlines()))
     assert (tmp_path / "grid.svg").read_text().startswith("<svg")
+
+
+@pytest.mark.slow
+def test_questions_that_are_gone(model: Path, files: list[Path], tmp_path: Path) -> None:
+    """A file of `evaluation.files` that vanishes in the middle of a file leaves blanks, and fails no proof.
+
+    The config of a file that has begun cannot be changed any more, so a refusal would have no way out.
+    """
+    settings: dict[str, Any] = {
+        **SETTINGS,
+        "evaluation": {"share": 0.05, "files": ["general.jsonl"]},
+        "anchor": {"rows": 0},
+    }
+    run = Run.create(tmp_path / "run", str(model), **settings)
+    general = tiny.write_jsonl(run.layout.root / "general.jsonl", tiny.chat_rows(3, seed=99))
+    run.train(files[0])
+
+    def remove(event: Event) -> None:
+        if isinstance(event, StepTaken):
+            general.unlink(missing_ok=True)
+
+    run.train(files[1], observe=remove)
+    grid = read_grid(run.layout)
+    assert [True, True, False] == [row[2] is not None for row in grid["loss"]]
+    assert_refused(onward("evaluate", "--run", run.layout.root), 2, "cannot be read", "general.jsonl")
+    tiny.write_jsonl(general, tiny.chat_rows(3))
+    proof = run.verify(deep=True)
+    assert proof.ok
+    assert proof.checks[-1].detail.endswith("not measured again, since evaluation.files have changed: b.jsonl")
+    configure(run, evaluation={"share": 0.05})
+    assert [1, 2] == [file["position"] for file in onward("evaluate", "--run", run.layout.root, "--json").json["files"]]
 
 
 def test_what_does_not_fit_is_blank(whole: Run) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import time
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from runs import new_run
 
 from onward import Run
 from onward.errors import OnwardError, RunLocked, UsageError
 from onward.service.holder import SILENCE, beat_of, is_held, read_heartbeat, read_holder
 from onward.service.lock import RunLock
+from onward.service.proof.doctor.examination import examine
 from onward.store.ledger import Ledger
 
 
@@ -117,3 +122,23 @@ def test_a_refused_run_leaves_no_directory(tmp_path: Path) -> None:
         with pytest.raises(OnwardError):
             Run.create(tmp_path / place, str(tmp_path / "no-model"))
     assert [tmp_path / "mine"] == list(tmp_path.rglob("*"))
+
+
+def test_status_and_doctor_read_the_heartbeat(model: Path, tmp_path: Path) -> None:
+    """A process that holds the lock and hangs is named by both; what an earlier one left says nothing about it."""
+    run = new_run(tmp_path / "run", model)
+    holder = run.layout.lock.with_name(".lock.holder")
+    fact = {"at": time.time() - 100.0, "quiet": 0.0, "hangs": False, "pid": os.getpid()}
+    with run._owned() as ledger:
+        started = json.loads(holder.read_text())
+        ledger.put(state="training", heartbeat=fact)
+        for earlier in (started, {**started, "pid": 1, "started": 0.0}):
+            holder.write_text(json.dumps(earlier))
+            assert [None, None] == [run.status()[key] for key in ("heartbeat_seconds", "problem")]
+            assert "heartbeat" not in {finding.subject for finding in examine(run.layout)}
+        for own in (json.dumps({**started, "started": fact["at"]}), ""):
+            holder.write_text(own)
+            assert re.match(r"no heartbeat for 1\d\d s", run.status()["problem"])  # and what the test itself took
+            (finding,) = [finding for finding in examine(run.layout) if finding.subject == "heartbeat"]
+            assert "error" == finding.level
+    assert run.status()["heartbeat_seconds"] is None

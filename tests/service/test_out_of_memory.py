@@ -11,6 +11,7 @@ import pytest
 import torch
 from commands import onward
 from daemons import SETTINGS, configure, rows_file
+from runs import new_run
 from states import assert_same_state
 
 from onward import Run
@@ -25,7 +26,8 @@ from onward.training.model import load, roundtrip
 from onward.training.state import TrainState
 from onward.training.trainer import Trainer
 
-NAMES = ("a.jsonl", "b.jsonl")
+ROWS = {"a.jsonl": 4, "b.jsonl": 3}
+NAMES = tuple(ROWS)
 CUBLAS = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
 FORMS: list[Callable[[], Exception]] = [
     lambda: torch.OutOfMemoryError("CUDA out of memory."),
@@ -90,9 +92,18 @@ class Shortage:
 def run(tmp_path: Path, model: Path) -> Run:
     """A run with two files in its queue, of 2 steps each."""
     made = Run.create(tmp_path / "run", str(model), later=True, **SETTINGS)
-    for name, rows in zip(NAMES, (4, 3), strict=True):
+    for name, rows in ROWS.items():
         made.add(rows_file(tmp_path / name, rows))
     return made
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    """A run of the same files that never lacked memory."""
+    folder = tmp_path_factory.mktemp("twin")
+    made = new_run(folder / "run", model, **SETTINGS)
+    made.train(*(rows_file(folder / name, rows) for name, rows in ROWS.items()))
+    return made.layout.root
 
 
 def watch(run: Run) -> list[str]:
@@ -108,9 +119,7 @@ def watch(run: Run) -> list[str]:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_no_file_is_lost_to_lack_of_memory(
-    run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
-) -> None:
+def test_no_file_is_lost_to_lack_of_memory(run: Run, twin: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     """Wherever memory runs out, and in whichever form, the files are trained as if it had not.
 
     What the rows of a step need is tried in smaller parts, also where rows may be so long that each would be a part of
@@ -126,10 +135,7 @@ def test_no_file_is_lost_to_lack_of_memory(
     assert (place in IN_ROWS) == sum(blames_file)
     if place not in IN_ROWS:
         assert 1 == sum("tried again in 1 s (failure 1 in a row)" in note for note in told)
-        monkeypatch.undo()
-        twin = Run.create(tmp_path / "twin", str(model), **SETTINGS)
-        twin.train(*(tmp_path / name for name in NAMES))
-        assert_same_state(twin.layout.root, run.layout.root)
+        assert_same_state(twin, run.layout.root)
 
 
 @pytest.mark.parametrize("form", [*FORMS, lambda: OSError(errno.ENOMEM, "Cannot allocate memory")])
@@ -183,18 +189,16 @@ def test_a_gpu_lost_while_measuring_leaves_no_blank(
 
 @pytest.mark.parametrize("form", FORMS)
 def test_moments_that_find_no_memory_are_not_damaged(
-    run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Callable[[], Exception]
+    run: Run, twin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Callable[[], Exception]
 ) -> None:
     """A daemon that cannot load a checkpoint's moments for lack of memory waits and goes on exactly from there."""
-    twin = Run.create(tmp_path / "twin", str(model), **SETTINGS)
-    twin.train(*(tmp_path / name for name in NAMES))
     assert 0 == onward("skip", NAMES[1], "--run", run.layout.root).status
     watch(run)
     run.add(tmp_path / NAMES[1])
     Shortage(form).before(monkeypatch, torch, "load")
     failures = [note for note in watch(run) if "failure" in note]
     assert [True] == [note.endswith("tried again in 1 s (failure 1 in a row)") for note in failures]
-    assert_same_state(twin.layout.root, run.layout.root)
+    assert_same_state(twin, run.layout.root)
 
 
 @pytest.mark.parametrize("form", FORMS)

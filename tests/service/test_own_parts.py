@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from onward import Run
 from onward.config import Config
 from onward.errors import ConfigError, ModelError, OnwardError
+from onward.service.tokenizer import copy_tokenizer, load_tokenizer_of
 from onward.training.model.start_adapter import read_start_adapter, with_start_adapter
 
 TOKENS = ["<tool>", "<\u00e9tape>"]
@@ -179,8 +181,11 @@ def made_adapter(base: Path, folder: Path, **settings: Any) -> Path:
 
 
 def test_an_adapter_is_a_start(model: Path, tmp_path: Path) -> None:
-    """`init --adapter` takes weights and shape of a folder; the run needs it no more, and `reset` goes back to it."""
+    """`init --adapter` takes weights, shape and tokenizer of a folder; the run needs it no more; `reset` goes back."""
     folder = made_adapter(model, tmp_path / "adapter", use_dora=True, bias="none")
+    tokenizer = tiny.byte_tokenizer()
+    tokenizer.chat_template = {"default": tiny.CHATML, "tool_use": "{{ tools | tojson }}" + tiny.CHATML}
+    tokenizer.save_pretrained(folder)
     outcome = onward("init", tmp_path / "run", "--adapter", folder, "--set", "batch_size=2")
     assert 0 == outcome.status, outcome.err
     assert "moments, step and learning rate are new" in outcome.err
@@ -190,8 +195,8 @@ def test_an_adapter_is_a_start(model: Path, tmp_path: Path) -> None:
         shape.rank, shape.alpha, shape.dropout, shape.targets, shape.use_dora
     )  # fmt: skip
     expected = {name: weight.clone() for name, weight in load_file(folder / "adapter_model.safetensors").items()}
-    for path in folder.iterdir():
-        path.unlink()
+    shutil.rmtree(folder)
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(run.layout.root / "tokenizer").chat_template
     assert run.config.model == str(model)
     file = rows(tmp_path, 1)
     run.train(file)
@@ -202,6 +207,16 @@ def test_an_adapter_is_a_start(model: Path, tmp_path: Path) -> None:
     run.reset()
     Run(run.layout.root).train(file, again=True)
     assert first == checkpoints.files_of(run.layout.checkpoints()[0])["adapter_model.safetensors"]
+
+
+def test_a_tokenizer_is_copied_whatever_its_files_are_called(tmp_path: Path) -> None:
+    """A vocabulary whose file only its own kind of tokenizer knows is copied with the rest."""
+    for name in ("from", "to"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "from/vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "##b"]))
+    (tmp_path / "from/tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    copy_tokenizer(tmp_path / "from", tmp_path / "to")
+    assert load_tokenizer_of(tmp_path / "from") == load_tokenizer_of(tmp_path / "to")
 
 
 def test_a_start_may_go_on_with_another_dropout(model: Path, tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ ANOTHER_STEP = "UPDATE checkpoints SET step = step - 1 WHERE step = (SELECT max(
 
 TAMPERING: dict[str, tuple[Callable[[Path], None], str]] = {
     "a file of the state": (raise_counter, "state files"),
+    "a lost file": (lambda root: next((root / "current_model").glob("*/trainer_state.json")).unlink(), "state files"),
     "a second checkpoint": (lambda root: put_back(root, 6), "one checkpoint"),
     "a temporary file": (lambda root: (root / "current_model" / ".tmp-checkpoint-6").mkdir(), "one checkpoint"),
     "a root file": (lambda root: (root / "current_model" / "optimizer.pt").unlink(), "root files"),
@@ -106,6 +107,7 @@ def test_tampering_is_named(name: str, trained: Path, tmp_path: Path) -> None:
     proof = Run(root).verify(deep=check == "replay")
     assert not proof.ok
     assert check in [entry.name for entry in proof.checks if not entry.ok]
+    assert [] == [entry.detail for entry in proof.checks if "Errno" in entry.detail]
 
 
 def test_proof_of_a_new_run(model: Path, tmp_path: Path) -> None:

@@ -75,8 +75,9 @@ def test_a_failed_transaction_leaves_nothing(ledger: Ledger) -> None:
 
 def test_no_event_is_left_out_of_those_after_one(ledger: Ledger) -> None:
     """However many events a long command leaves, what the guard took back is among those after its beginning."""
-    for number in range(1200):
-        ledger.add_event("info", str(number))
+    with ledger.transaction():
+        for number in range(1200):
+            ledger.add_event("info", str(number))
     ledger.add_event("error", "taken back", kind="quarantined")
     assert [*map(str, range(1, 1200)), "taken back"] == [event.message for event in ledger.events_after(1)]
 

@@ -108,6 +108,7 @@ def test_a_file_that_is_not_meant_is_refused(name: str, what: str, hint: str, le
     fixed: dict[str, Any] = {"command": "c", "bytes": 1, "format": "jsonl", "copy": "archive/x"}
     for state in ("arriving", "training", "rejected"):
         ledger.insert_file(name=state, sha256="99" * 32, state=state, **fixed)
+    ledger.insert_file(name="b.jsonl", sha256="abce" + "0" * 60, state="rejected", **fixed)  # as a duplicate
     for letter in "ab":
         ledger.insert_file(name="twice", sha256=letter * 64, state="queued", **fixed)
     with pytest.raises(UsageError) as caught:

@@ -10,6 +10,7 @@ from typing import Any
 import checkpoints
 import processes
 import pytest
+import small
 import stock
 import tiny
 import torch
@@ -285,6 +286,26 @@ def test_experts_are_computed_apart_from_other_threads(family: Callable[[str], P
         take_steps(beside, config, 3)
         assert torch.equal(expected, copied(input_ids=ids).logits)
     assert alone.view().digest() == beside.view().digest()
+
+
+@pytest.mark.slow
+def test_dropout_that_experts_cannot_have_is_refused_before_it_is_trained(tmp_path: Path) -> None:
+    """`lora.dropout` set while a process trains a model whose `all-linear` covers stacked experts is refused at the
+    next file: it had no effect on them, and what was saved could not be loaded again."""
+    small.small_model("deepseek_v2").save_pretrained(tmp_path / "model")
+    tiny.byte_tokenizer().save_pretrained(tmp_path / "model")
+    run = new_run(tmp_path / "run", tmp_path / "model", batch_size=4, max_length=96, anchor={"rows": 0})
+    given = run.layout.config.read_text()
+    asked = given.replace("dropout: 0.0", "dropout: 0.1")
+    assert asked != given
+    files = [tiny.write_jsonl(tmp_path / f"{seed}.jsonl", tiny.chat_rows(3, seed=seed)) for seed in (1, 2)]
+    with pytest.raises(ConfigError, match="experts that are stored as one tensor cannot have dropout"):
+        run.train(*files, observe=lambda _: run.layout.config.write_text(asked))
+    with pytest.raises(ModelError, match="does not work with lora_dropout") as refused:
+        Run(run.layout.root).train()
+    assert ("lora.dropout", "Set lora.dropout: 0 in onward.yaml.") == (refused.value.where, refused.value.hint)
+    run.layout.config.write_text(given)
+    assert ["2.jsonl"] == [file["name"] for file in Run(run.layout.root).train()]
 
 
 DAMAGE: list[Callable[[dict[str, torch.Tensor]], object]] = [

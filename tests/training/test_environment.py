@@ -25,6 +25,7 @@ from onward.training.device.environment import (
     autocast,
     describe_environment,
     deterministic,
+    differences,
     pick_device,
     pick_dtype,
     promises_bits,
@@ -130,6 +131,9 @@ def test_earlier_records_compare_as_before() -> None:
     assert not same_environment({**before, "threads": 99}, here)
     assert not same_environment({**here, "deterministic": False}, here)
     assert not same_environment(before, {**here, "something": "new"})
+    there = {**before, "threads": 99, "processor_model": "another"}
+    assert "" == differences(before, here)
+    assert f"processor_model another (here {processor_model()}), threads 99 (here 1)" == differences(there, here)
 
 
 def test_a_record_has_what_the_bits_depend_on() -> None:

@@ -55,9 +55,9 @@ def trainer_of(scale: LossScale, method: str = "full") -> Trainer:
     return Trainer(state, config, Execution(SingleProcess(CPU), torch.float16))
 
 
-def take(trainer: Trainer, steps: int = STEPS) -> list[StepTaken]:
-    """Take steps of rows of unequal length."""
-    references = [RowReference("scale", place) for place in range(3)]
+def take(trainer: Trainer, steps: int = STEPS, files: str = "scale scale scale") -> list[StepTaken]:
+    """Take steps of three rows of unequal length, of these files."""
+    references = [RowReference(file, place) for place, file in enumerate(files.split())]
     batches = [replace(batch(9, 31, 5, seed=seed), references=references) for seed in range(steps)]
     return [trainer.take_step(each, PLAN) for each in batches]  # type: ignore[arg-type]
 
@@ -103,16 +103,20 @@ def test_a_gradient_that_no_scale_makes_finite_fails_the_step() -> None:
 
 
 def test_a_loss_that_is_not_finite_is_not_tried_again() -> None:
-    """The scale has no part in it."""
+    """The scale has no part in it. Lines are those of the file; of replayed rows only their number is told."""
     trainer = trainer_of(LossScale())
     calls: list[int] = []
     with torch.no_grad():
         next(iter(trainer.state.parameters.values())).fill_(float("nan"))
     part = nn.Module.get_submodule(trainer.state.model, "model.layers.0")
     part.register_forward_pre_hook(lambda *_: calls.append(1))
-    with pytest.raises(TrainingError, match="the loss of step 1 is not finite"):
+    with pytest.raises(TrainingError, match=r"the loss of step 1 is not finite .* its rows are on lines 0, 1, 2 \["):
         take(trainer, 1)
     assert 1 == len(calls)
+    with pytest.raises(TrainingError, match="its rows are on line 1 and 2 of earlier files"):
+        take(trainer, 1, "other scale other")
+    with pytest.raises(TrainingError, match="its rows are 3 of earlier files"):
+        take(trainer, 1, "other other other")
 
 
 def test_the_scale_moves_as_that_of_pytorch_does() -> None:

@@ -108,8 +108,8 @@ def test_what_was_measured_in_lines() -> None:
         "2 b\\x1b.jsonl: loss 1.2500, accuracy 0.5000 (trained rows)",
         "q.jsonl: loss 1.2500, accuracy 0.5000",
         "anchor: 0.000000 nats per token from the base",
-    ] == lines_of({"step": 9, "after": 2, "files": files, "anchor": 0.0})
-    assert ["step 9, after file 2"] == lines_of({"step": 9, "after": 2, "files": [], "anchor": None})
+    ] == lines_of({"at": "step 9, after file 2", "files": files, "anchor": 0.0})
+    assert ["step 9, after file 2"] == lines_of({"at": "step 9, after file 2", "files": [], "anchor": None})
 
 
 def test_a_state_that_is_not_the_run_s_is_not_measured(stream: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -131,6 +132,19 @@ def test_a_merge_that_computes_something_else_is_refused(stream: Path, tmp_path:
         write_merged(copied, base, torch.float32, tmp_path / "out")
 
 
+def test_a_merged_model_says_what_other_programs_need_to_know(tmp_path: Path) -> None:
+    """It stops at the end of an answer, besides where its base stops, and does not tie a head that is apart."""
+    base = tiny.save_tiny_model(tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    (base / "generation_config.json").write_text('{"eos_token_id": 7}')
+    write_merged(base, base, torch.float32, tmp_path / "out", stop_ids=(9, 7))
+    found = [json.loads((tmp_path / "out" / name).read_bytes()) for name in ("generation_config.json", "config.json")]
+    assert ([7, 9], False) == (found[0]["eos_token_id"], found[1]["tie_word_embeddings"])
+    assert torch.equal(weights["lm_head.weight"], load_file(tmp_path / "out/model.safetensors")["lm_head.weight"])
+
+
 def test_a_merged_model_that_is_written_wrongly_is_refused(
     stream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +172,7 @@ def test_a_run_of_all_weights(model: Path, tmp_path: Path) -> None:
     trained = AutoModelForCausalLM.from_pretrained(run.layout.current)
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(logits(trained), logits(whole))
+    assert whole.generation_config.eos_token_id == AutoTokenizer.from_pretrained(model).eos_token_id
     assert whole.config.use_cache
     outcome = onward("export", tmp_path / "no", "--format", "adapter", "--run", run.layout.root)
     assert_refused(outcome, 2, "trains all weights", "--format merged")

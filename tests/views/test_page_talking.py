@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import time
 from collections.abc import AsyncGenerator, Iterator
@@ -35,6 +36,9 @@ for line in sys.stdin:
     text = wish["messages"][-1]["content"]
     if text == "die":
         sys.exit(1)
+    if text == "babble":
+        print("Loading...", flush=True)
+        continue
     print(json.dumps({"id": wish["id"], "text": "a piece"}), flush=True)
     done = {"process": os.getpid(), "cancelled": cancelled, "wish": wish}
     if text != "wait":
@@ -55,21 +59,37 @@ async def asked(talker: Talker, text: str) -> Any:
     return (await told(talker, text))["done"]["process"]
 
 
-def test_one_process_answers_all_and_another_where_it_died(tmp_path: Path) -> None:
-    """Two columns that ask at once share a process; its death is reported, and the next question gets another."""
+@pytest.mark.parametrize("end", ["die", "babble"])
+def test_one_process_answers_all_and_another_where_it_ended(tmp_path: Path, end: str) -> None:
+    """Two columns that ask at once share a process; where it dies, or says what is no answer, those who wait are told,
+    and the next question gets another.
+    """
 
     async def talk() -> tuple[list[int], int]:
         talker = Talker(RunLayout(tmp_path), (sys.executable, "-c", ANSWERS))
         try:
             both = await asyncio.gather(asked(talker, "Hello"), asked(talker, "Hello"))
             with pytest.raises(ModelError, match="ended"):
-                await asked(talker, "die")
+                await asked(talker, end)
             return both, await asked(talker, "Hello")
         finally:
             await talker.end()
 
     both, another = asyncio.run(talk())
     assert both[0] == both[1] != another
+
+
+def test_what_libraries_print_is_no_answer(capfd: pytest.CaptureFixture[str]) -> None:
+    """Only the process itself writes to what was its standard output; the rest goes to standard error."""
+    before = os.dup(1)
+    try:
+        with answering.own_output() as out:
+            os.write(1, b"from C")
+            out.write("an answer")
+    finally:
+        os.dup2(before, 1)
+        os.close(before)
+    assert ("an answer", "from C") == tuple(capfd.readouterr())
 
 
 def test_an_answer_that_nobody_waits_for_is_cancelled(tmp_path: Path) -> None:
@@ -135,7 +155,7 @@ def test_what_is_wished_reaches_the_process_and_no_more(tmp_path: Path) -> None:
 def test_whatever_a_wish_does_the_next_one_is_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A wish that fails in an unforeseen way gets an error, and the process lives on."""
     wishes = [json.dumps({"id": number, "at": ["no name"]}) for number in (1, 2)]  # no such wish passes the page
-    answering.Answering(RunLayout(tmp_path)).run(iter(wishes))
+    answering.Answering(RunLayout(tmp_path), sys.stdout).run(iter(wishes))
     told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [1, 2] == [answer["id"] for answer in told]
     assert all("cannot be answered" in answer["error"] for answer in told)
@@ -168,7 +188,7 @@ def test_what_was_trained_again_answers_as_it_is_now(
         yield json.dumps({"id": 2, **wish})
         labels.append(label())
 
-    answering.Answering(run.layout).run(wishes())
+    answering.Answering(run.layout, sys.stdout).run(wishes())
     assert ["step 5, after file 3 (c.jsonl)", "step 5, after file 3 (d.jsonl)"] == labels
 
 

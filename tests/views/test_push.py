@@ -42,8 +42,12 @@ class Hub(BaseHTTPRequestHandler):
             self._send(200, {"success": True, "commitOid": "a" * 40, "commitUrl": f"{state.url}/me/model/commit/aaa"})
 
     def do_GET(self) -> None:
-        """Nothing can be read."""
-        self._send(404, {"error": "not found"})
+        """List the files of the repository; nothing else can be read."""
+        state: Any = self.server
+        if "/tree/" in self.path and state.there:
+            self._send(200, [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in state.there])
+        else:
+            self._send(404, {"error": "not found"})
 
     def log_message(self, format: str, *arguments: Any) -> None:
         """Say nothing."""
@@ -79,6 +83,7 @@ def hub() -> Iterator[Any]:
     """A server on this machine, which the environment names as the hub."""
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.url, server.files, server.made = f"http://127.0.0.1:{server.server_address[1]}", {}, {}
+    server.there = []
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     before = {name: os.environ.get(name) for name in ("HF_ENDPOINT", "HF_TOKEN")}
@@ -119,6 +124,19 @@ def test_the_command_of_the_documentation_runs(
     (block,) = blocks_for("test_push", DOCS / "export.md")
     block.run()
     assert ("NAME", True) == (hub.made["name"], "adapter_model.safetensors" in hub.files)
+
+
+def test_what_would_be_loaded_in_place_of_a_push_is_not_left_beside_it(hub: Any, stream: Path) -> None:
+    """A repository with an adapter takes no whole model, and the other way round; it takes a newer adapter."""
+    adapter = ["adapter_config.json", "adapter_model.safetensors"]
+    hub.there = [*adapter, "README.md", "original/model.safetensors"]
+    refused = onward("push", "me/model", "--format", "merged", "--run", stream)
+    assert_refused(refused, 2, ", ".join(adapter), f"hf repos delete-files me/model {' '.join(adapter)}")
+    assert {} == hub.files
+    assert 0 == onward("push", "me/model", "--run", stream).status
+    hub.there, hub.files = ["model-00001-of-00002.safetensors", "model.safetensors.index.json"], {}
+    assert_refused(onward("push", "me/model", "--run", stream), 2, "another model")
+    assert {} == hub.files
 
 
 def test_a_wrong_token_is_refused(hub: Any, stream: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from statistics import fmean
@@ -13,6 +14,7 @@ import pytest
 import tiny
 import torch
 from commands import onward, snapshot
+from daemons import configure
 from faults import Fault
 from processes import command, open_descriptors
 from safetensors.torch import load_file
@@ -33,16 +35,22 @@ from onward.views.points import hold
 from onward.views.release import Making, Order
 from onward.views.releases import RECORD, Release, find_release, lines, list_releases, remove_release
 
-SETTINGS: dict[str, Any] = {"batch_size": 4, "max_length": 256, "learning_rate": 1e-2, "lora": {"rank": 4}}
+SETTINGS: dict[str, Any] = {
+    "batch_size": 4, "max_length": 256, "learning_rate": 1e-2, "lora": {"rank": 4},
+    "evaluation": {"files": ["gone.jsonl"]},
+}  # fmt: skip
 WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Run:
-    """A run of three files, of 3, 4 and 2 steps."""
+    """A run of three files, of 3, 4 and 2 steps; a file that it was measured on is gone."""
     folder = tmp_path_factory.mktemp("release")
     run = Run.create(folder / "run", str(model), **SETTINGS)
+    gone = tiny.write_jsonl(run.layout.root / "gone.jsonl", tiny.chat_rows(1))
     run.train(*(tiny.write_jsonl(folder / f"{n}.jsonl", tiny.chat_rows(n, seed=n)) for n in (9, 14, 6)))
+    gone.unlink()
+    configure(run, evaluation={"share": 0.05})
     return run
 
 
@@ -87,6 +95,20 @@ def test_a_cooldown_decays_over_the_stream_and_is_repeatable(run: Run) -> None:
     assert (one["weights"], 7, 2) == (same["weights"], same["step"], len(same["stream"]))
     here, there = (run.layout.releases / name / WEIGHTS for name in "ab")
     assert here.read_bytes() == there.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_cooldown_has_the_loss_of_the_run(run: Run, tmp_path: Path) -> None:
+    """The steps of a cooldown are held to the base as those of the files are, if the anchor has a weight."""
+    text = run.layout.config.read_text()
+    for key, value in (("rows", 2), ("tokens", 4), ("weight", 0.5)):
+        text = re.sub(rf"(?s)(\nanchor:\n.*?  {key}: )[\d.]+", rf"\g<1>{value}", text, count=1)
+    run.layout.config.write_text(text)
+    run.train(tiny.write_jsonl(tmp_path / "more.jsonl", tiny.chat_rows(4, seed=9)))
+    seen: list[StepTaken] = []
+    make(run, Order("v1", cooldown=2), seen)
+    assert [11, 12] == [step.step for step in seen]
+    assert all(step.anchor is not None and step.anchor > 0 for step in seen)
 
 
 def test_without_a_cooldown_it_is_the_boundary(run: Run) -> None:

@@ -163,7 +163,11 @@ class Config(Section):
         description="AdamW with moments in 32 bits, or in 8, rounded by block: a quarter of their memory (needs "
         "`onward[qlora]`).",
     )
-    weight_decay: Rate = Field(default=0.0, description="AdamW's decoupled weight decay (not on biases and norms).")
+    weight_decay: Rate = Field(
+        default=0.0,
+        description="AdamW's decoupled weight decay; not on biases and norms, which are told by their names, as by "
+        "transformers' Trainer.",
+    )
     betas: tuple[Fraction, Fraction] = Field(
         default=(0.9, 0.999), description="AdamW's decay rates of the two moments."
     )
@@ -290,6 +294,10 @@ class Config(Section):
             section, _, name = key.partition(".")
             del values[section][name]
         return values
+
+    def asking(self, files: list[str]) -> Config:
+        """Return this config with other `evaluation.files`, which change no weight."""
+        return self.model_copy(update={"evaluation": self.evaluation.model_copy(update={"files": files})})
 
     def training(self) -> dict[str, Any]:
         """Return the settings that a step's result depends on, by dotted key."""

@@ -21,6 +21,7 @@ from onward.data.tokenized import FORMAT, TARGET_BIT, PackedRow, Weights, ids_of
 from onward.data.tokenizer import TokenizerState, closing_tokens
 from onward.digest import sha256_json
 from onward.errors import ModelError
+from onward.text import how_many
 
 OverLength: TypeAlias = Literal["auto", "truncate", "drop", "reject"]
 
@@ -37,6 +38,21 @@ class Fitted:
     truncated: bool = False
 
 
+def end_token(state: TokenizerState, where: object = None) -> int:
+    """Return the id of the token that ends a text.
+
+    Args:
+        where: the tokenizer's place, for the error.
+
+    Raises:
+        ModelError: the tokenizer has none, so that no row can be trained.
+    """
+    if state.eos_id is None:
+        hint = 'set "eos_token" in its tokenizer_config.json'
+        raise ModelError("the tokenizer has no end token", where=where, hint=hint)
+    return state.eos_id
+
+
 class RowTokenizer:
     """Turns rows into packed tokens.
 
@@ -51,13 +67,11 @@ class RowTokenizer:
     """
 
     def __init__(self, state: TokenizerState, max_length: int, over_length: OverLength = "truncate") -> None:
-        if state.eos_id is None:
-            raise ModelError("the tokenizer has no end token", hint='set "eos_token" in its tokenizer_config.json')
         self.state = state
         self.max_length = max_length
         self.over_length: OverLength = over_length
         self._backend: Any = state.tokenizer
-        self._end_id = state.eos_id
+        self._end_id = end_token(state)
         self._lengths = byte_lengths(self._backend)
         self._template = ChatTemplate(state)
         self._begins = _start_token(state)
@@ -159,17 +173,24 @@ class RowTokenizer:
         """Apply the length policy to one row.
 
         Raises:
+            RowError: the row has no target.
             TooLong: the row is too long and the policy is to refuse it.
         """
+        kept = packed[: self.max_length]
+        has_target = bool(np.any(kept >= TARGET_BIT))
         if len(packed) <= self.max_length:
+            if not has_target:
+                raise RowError(
+                    f"nothing of the row would be trained: the tokenizer makes {how_many(len(packed), 'token')} of it",
+                    "remove the row: it is the end token alone, or characters that the tokenizer leaves out",
+                )
             return Fitted(packed)
         if self.over_length == "reject":
             raise TooLong(
                 f"the row has {len(packed)} tokens, more than max_length = {self.max_length}",
                 "shorten the row, raise max_length, or set over_length to auto, truncate or drop",
             )
-        kept = packed[: self.max_length]
-        if self.over_length == "drop" or not np.any(kept >> 31):
+        if self.over_length == "drop" or not has_target:
             return Fitted(None)
         return Fitted(kept, truncated=True)
 

@@ -55,17 +55,18 @@ class Fit:
         return self.z is not None and self.z >= CLEAR
 
 
-def fit_of(rows: Sequence[Row], losses: Losses) -> Fit:
+def fit_of(rows: Sequence[Row], losses: Losses, longest: int | None = None) -> Fit:
     """Judge rows by a model: a few at first, more if that is not clear.
 
     Args:
         rows: in the order in which they are looked at.
+        longest: the most tokens of a row that the model has positions for; None if there is no such limit.
     """
     gains: dict[int, float] = {}
     seen, found = 0, Fit(None, 0)
     for count in LOOKS:
         more = range(seen, min(count, len(rows)))
-        pairs = [(place, other) for place in more if (other := _exchanged(rows, place)) is not None]
+        pairs = [(place, other) for place in more if (other := _exchanged(rows, place, longest)) is not None]
         own = losses([rows[place] for place, _ in pairs])
         exchanged = losses([other for _, other in pairs])
         gains |= {place: there - here for (place, _), here, there in zip(pairs, own, exchanged, strict=True)}
@@ -102,8 +103,9 @@ def _question(row: Row) -> int | None:
     return first if first > 1 else None
 
 
-def _exchanged(rows: Sequence[Row], place: int) -> Row | None:
-    """Return a row's answer after the question of the next row with another answer; None if there is none."""
+def _exchanged(rows: Sequence[Row], place: int, longest: int | None) -> Row | None:
+    """Return a row's answer after the question of the next row with another answer, unless the two are too long
+    together; None if there is none."""
     row, first = rows[place], _question(rows[place])
     if first is None:
         return None
@@ -111,18 +113,23 @@ def _exchanged(rows: Sequence[Row], place: int) -> Row | None:
     for step in range(1, len(rows)):
         other = rows[(place + step) % len(rows)]
         cut = _question(other)
-        if cut is not None and not np.array_equal(other.ids[cut:], answer):
+        if cut is None or (longest is not None and cut + len(answer) > longest):
+            continue
+        if not np.array_equal(other.ids[cut:], answer):
             ids = np.concatenate([other.ids[:cut], answer])
             return Row(ids, np.concatenate([np.zeros(cut, dtype=bool), row.targets[first:]]))
     return None
 
 
-def judged(rows: Sequence[Row], losses: Losses, references: Iterator[Sequence[Row]]) -> dict[str, Any]:
+def judged(
+    rows: Sequence[Row], losses: Losses, references: Iterator[Sequence[Row]], longest: int | None = None
+) -> dict[str, Any]:
     """Judge the rows of a file before it is trained; return JSON values.
 
     Args:
         rows: rows of the file, in the order in which they are looked at.
         references: rows of earlier files, which show what the model can tell; read only in doubt.
+        longest: as for `fit_of`.
 
     Returns:
         `same`: whether all rows say one thing. `z`: standard errors by which answers fit their own questions better
@@ -130,7 +137,7 @@ def judged(rows: Sequence[Row], losses: Losses, references: Iterator[Sequence[Ro
     """
     if say_the_same(rows[: LOOKS[0]]):
         return {"same": True, "z": None, "known": None, "rows": min(LOOKS[0], len(rows)), "worst": []}
-    fit = fit_of(rows, losses)
+    fit = fit_of(rows, losses, longest)
     doubtful = fit.z is not None and not fit.is_clear
-    known = any(fit_of(others[: LOOKS[0]], losses).is_clear for others in references) if doubtful else None
+    known = any(fit_of(others[: LOOKS[0]], losses, longest).is_clear for others in references) if doubtful else None
     return {"same": False, "z": fit.z, "known": known, "rows": fit.rows, "worst": list(fit.worst)}

@@ -22,7 +22,7 @@ gradients of activations and one for those of all weights; measuring takes a for
 `OF_ADAPTER`."""
 OF_ADAPTER = 1.75
 """The same if all but small matrices are frozen."""
-WAY = 5
+WAY = 6
 """The version of how scores are computed and of what is affordable; results of other versions may differ."""
 FREE_OPERATIONS = 1e9
 """Multiplications and additions that measuring may take whatever the share says: about a hundredth of a second, but a

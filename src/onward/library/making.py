@@ -77,13 +77,13 @@ class _Making:
     def make(self, later: bool) -> None:
         from onward.data.templates.own_template import keep_template, write_template
         from onward.service.tokenizer import KeptTokenizer
-        from onward.training.model.base import base_of_run, resolve_base, with_stored_path
+        from onward.training.model.base import OWN_BASE, base_of_run, keep_revision, resolve_base, with_stored_path
 
         config = _choose_config(self.layout, self.values)
         name, template = keep_template(config.chat_template, self.layout.root)
         with self.loading() if is_made(config) else contextlib.nullcontext():
             own = OwnParts(self.layout, config, self.report)
-        base = resolve_base(own.config.model, download=True, report=self.report)
+        base = resolve_base(own.config.model, revision=own.revision, download=True, report=self.report)
         own.require_possible(base)
         if own.config.method != "full" and (own.config.lora.use_dora or own.config.lora.bias != "none"):
             self.report("layers with DoRA or a trained bias use PEFT's own modules, which are slower than Onward's")
@@ -93,9 +93,11 @@ class _Making:
         config = with_stored_path(own.config, base, self.layout.root).model_copy(update={"chat_template": name})
         with own.made_or_nothing():
             config = self._make_own(own, config, base, folder)
-            base = base_of_run(self.layout.root, config.model)
+            if config.model == OWN_BASE:
+                base = base_of_run(self.layout.root, OWN_BASE)
             config, facts = (config, {}) if later else self._admit(config, base)
         _make_files(self.layout, config, replace=bool(own.facts))
+        keep_revision(self.layout.root, config.model, base)
         write_template(name, template, self.layout.root)
         if own.facts:
             folder = self.layout.tokenizer(base)
@@ -133,22 +135,26 @@ class _Making:
         with self.loading():
             from onward.service.admission import admit_new
         from onward.training.admission.findings import FACT
+        from onward.training.foreign.arguments import Arguments
+        from onward.training.foreign.settings import router_loss
         from onward.training.model.base import OWN_ADAPTER
 
         start = self.layout.root / OWN_ADAPTER if config.adapter else None
         config, findings = admit_new(config, base, has_chosen_dropout=self._has_chosen_dropout(), checkpoint=start)
-        for line in findings.lines():
+        for line in (*findings.lines(), *router_loss(Arguments(), base)):
             self.report(line)
         return config, {FACT: findings.to_dict()}
 
 
 def _require_usable(base: Path, config: Config, tokenizer: TokenizerState) -> None:
     """Refuse a base whose files show, without loading its weights, that it is unusable."""
+    from onward.data.row_tokenizer import end_token
     from onward.training.model.base import require_complete, require_plain
     from onward.training.model.capacity import read_capacity, require_embedded, require_fits
 
     require_complete(base)
     require_plain(base, method=config.method)
+    end_token(tokenizer, base)
     capacity = read_capacity(base)
     require_fits(capacity, max_length=config.max_length)
     require_embedded(capacity, tokenizer)

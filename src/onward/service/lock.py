@@ -39,7 +39,7 @@ class RunLock:
             self._lock.acquire()
         except Timeout:
             raise RunLocked(
-                f"another process owns this run: {self.describe_holder()}",
+                f"another process owns this run: {self._describe_holder()}",
                 where=self._holder.parent,
                 hint="onward status shows what it is doing, onward add gives it more files, onward stop ends it.",
             ) from None
@@ -64,9 +64,9 @@ class RunLock:
         finally:
             os.close(descriptor)
 
-    def describe_holder(self) -> str:
+    def _describe_holder(self) -> str:
         """Return who holds the lock, as far as it is known."""
-        holder = read_holder(self._holder.with_name(self._holder.name.removesuffix(".holder")))
+        holder = read_holder(self._path)
         if holder is None:
             return "its name is not recorded"
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["started"]))

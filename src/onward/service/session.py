@@ -32,8 +32,8 @@ from onward.training.device.environment import (
 )
 from onward.training.device.execution import Execution
 from onward.training.layers.facts import layer_facts
-from onward.training.model.base import BaseDigest, base_of_run, digest_base
-from onward.training.model.capacity import read_capacity
+from onward.training.model.base import BaseDigest, base_of_run, digest_base, keep_revision
+from onward.training.model.capacity import Capacity, read_capacity, require_fits
 from onward.training.model.load import load_tokenizer
 from onward.training.model.spec import ModelSpec
 from onward.training.model.treatment import Treatment
@@ -82,9 +82,14 @@ class Session:
         return self.tokenizer_state.fingerprint
 
     @cached_property
+    def capacity(self) -> Capacity:
+        """The limits of the base model."""
+        return read_capacity(self.base)
+
+    @cached_property
     def pad_id(self) -> int:
         """A token id to fill short rows with; it is masked everywhere, so any id in the embedding would do."""
-        pad_id, rows = self.tokenizer_state.pad_id, read_capacity(self.base).embedding_rows
+        pad_id, rows = self.tokenizer_state.pad_id, self.capacity.embedding_rows
         return pad_id if pad_id is not None and (rows is None or pad_id < rows) else 0
 
     @property
@@ -135,9 +140,10 @@ class Session:
         """Check a config before it comes into force against what the run was made with and how its model is laid out.
 
         Raises:
-            ConfigError: it does not match.
+            ConfigError: it does not match, or rows may be longer than the positions that the model has learned.
         """
         check_identity(self.ledger, config, self.base_digest, self.tokenizer_state)
+        require_fits(self.capacity, max_length=config.max_length)
         if self.in_shards:
             require_shardable(config)
 
@@ -182,6 +188,7 @@ def open_session(
     kept = KeptTokenizer(layout, layout.tokenizer(base))
     tokenizer_state = kept.state(config, ledger)
     check_identity(ledger, config, base_digest, tokenizer_state)
+    keep_revision(layout.root, config.model, base)
     world = world or SingleProcess(pick_device())
     _require_shares(config, world)
     require_whole_teams(world.device)

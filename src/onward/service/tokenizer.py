@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shutil
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from onward.atomic import read_checked, remove_tree, replace_checked
+from onward.atomic import fsync_file, read_checked, remove_tree, replace_checked
 from onward.config import Config
 from onward.data.templates.own_template import read_template
-from onward.data.tokenizer import TokenizerState, load_tokenizer_state, save_tokenizer_state, tokenizer_files_digest
+from onward.data.tokenizer import (
+    TEMPLATE_FOLDER,
+    TokenizerState,
+    load_tokenizer_state,
+    save_tokenizer_state,
+    tokenizer_files_digest,
+)
 from onward.errors import ModelError
 from onward.layout import RunLayout
 
@@ -124,6 +131,26 @@ def load_with_files(folder: Path) -> LoadedTokenizer:
 
     tokenizer = _load(folder)
     return LoadedTokenizer(_state_of(tokenizer, folder), tokenizer_files(tokenizer))
+
+
+def copy_tokenizer(folder: Path, target: Path) -> None:
+    """Copy the files of a model folder that its tokenizer is loaded from, those of its named chat templates too.
+
+    Args:
+        target: an existing folder.
+
+    Raises:
+        ModelError: there is no tokenizer.
+    """
+    from onward.training.model.base import TOKENIZER_FILES
+
+    own = cast(Mapping[str, str], type(_load(folder)).vocab_files_names)  # the names differ from one kind to the next
+    templates = [path.relative_to(folder).as_posix() for path in (folder / TEMPLATE_FOLDER).glob("*.jinja")]
+    for name in sorted({*TOKENIZER_FILES, *own.values(), *templates}):
+        if (folder / name).is_file():
+            (target / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(folder / name, target / name)
+            fsync_file(target / name)
 
 
 def _load(folder: Path) -> PreTrainedTokenizerBase:

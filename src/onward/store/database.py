@@ -6,7 +6,7 @@ import contextlib
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -305,8 +305,16 @@ class Database:
         with self.transaction():
             return int(self._connection.execute(sql, values).lastrowid or 0)
 
-    def insert(self, table: str, values: Values) -> int:
-        """Insert a row, given by column; return its id."""
-        names = ", ".join(values)
-        marks = ", ".join("?" * len(values))
-        return self.write(f"INSERT INTO {table} ({names}) VALUES ({marks})", *values.values())
+    def insert(self, table: str, values: Values, *, replace: bool = False) -> int:
+        """Insert a row, given by column; return its id.
+
+        Args:
+            replace: whether it takes the place of one with the same key.
+        """
+        into = "INSERT OR REPLACE INTO" if replace else "INSERT INTO"
+        return self.write(f"{into} {table} ({', '.join(values)}) VALUES ({marks(values)})", *values.values())
+
+
+def marks(values: Collection[object]) -> str:
+    """Return a question mark for each value, for SQL."""
+    return ", ".join("?" * len(values))

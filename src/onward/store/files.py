@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 from onward.errors import OnwardError
-from onward.store.database import Values
+from onward.store.database import Values, marks
 from onward.store.metrics import Ranges
 from onward.store.rows import FileRow, HistoryRow
 
@@ -153,8 +153,7 @@ class Files(Ranges):
 
     def last_begun(self) -> int:
         """Return the highest position of a file that was begun."""
-        begun = "SELECT max(position) FROM files WHERE state IN ('training', 'done')"
-        return int(self.scalar(begun) or 0)
+        return int(self.scalar(f"SELECT max(position) FROM files WHERE {BEGUN}") or 0)
 
     def at_position(self, position: int) -> FileRow | None:
         """Return the file at a place in the stream."""
@@ -218,11 +217,6 @@ class Files(Ranges):
             which = f"WHERE id IN ({marks(ids)})"
             found += self.query(TOTALS.format(which=which, parts=parts), *ids)
         return found
-
-
-def marks(values: Sequence[object]) -> str:
-    """Return a question mark for each value, for SQL's `IN`."""
-    return ", ".join("?" * len(values))
 
 
 Finished: TypeAlias = tuple[int, str, float | None]

@@ -12,8 +12,8 @@ from typing import Any
 from onward.atomic import TEMPORARY_PREFIX, fsync_directory
 from onward.errors import OnwardError
 from onward.store.curve import Curve
-from onward.store.database import begin, connect
-from onward.store.files import Files, marks
+from onward.store.database import begin, connect, marks
+from onward.store.files import BEGUN, Files
 from onward.store.requests import Requests
 from onward.store.rows import CheckpointRow, EventRow, FileRow, HandoverRow, StepRecord
 from onward.store.tracking import Tracking
@@ -264,9 +264,7 @@ class Ledger(Files, Requests, Curve, Tracking):
         """Return how many steps of files of the stream were recorded up to a global step."""
         return int(
             self.scalar(
-                "SELECT count(*) FROM steps s JOIN files f ON f.id = s.file_id"
-                " WHERE f.state IN ('training', 'done') AND s.step <= ?",
-                up_to,
+                f"SELECT count(*) FROM steps s JOIN files f ON f.id = s.file_id WHERE f.{BEGUN} AND s.step <= ?", up_to
             )
         )
 
@@ -275,7 +273,7 @@ class Ledger(Files, Requests, Curve, Tracking):
         sums = ("rows + s.replayed) AS rows", "tokens) AS tokens", "target_tokens) AS target_tokens")
         (row,) = self.query(
             f"SELECT {', '.join(f'total(s.{each}' for each in sums)} FROM steps s JOIN files f ON f.id = s.file_id"
-            " WHERE f.state IN ('training', 'done') AND s.step <= ?",
+            f" WHERE f.{BEGUN} AND s.step <= ?",
             step,
         )
         return {key: int(value) for key, value in row.items()}

@@ -41,7 +41,8 @@ def find_file(ledger: Ledger, name: str, *states: str) -> FileRow:
     others = [state for state in ALL_STATES if state not in states]
     known = _matches(ledger.files(*others), name)
     if known:
-        row = max(known, key=lambda each: (each.state != "undone", each.id))  # a file may have been queued again
+        # a file may have been queued again, or have been refused as a duplicate of the one in the stream
+        row = max(known, key=lambda each: (each.position or 0, each.state not in ("undone", "rejected"), each.id))
         hint = f"Files that can be given here: {_listed(rows)}."
         if row.state == "done":
             hint = f"onward rebuild --without {FILE}{row.position} makes the run as if it had never seen it."
@@ -69,11 +70,11 @@ def find_step(ledger: Ledger, to: str, steps: Sequence[int], option: str = "--to
     step = _step_meant(to, steps)
     if matches:
         row = matches[0]
-        last = row.first_step + (row.planned_steps or 0)
-        if step is None or step == last:
-            return last
+        if step is None or step == row.last_step:
+            return row.last_step
+        ends = f"which ends at step {row.last_step}"
         raise UsageError(
-            f"{to!r} is file {row.position} ({row.name}), which ends at step {last}, and it is also step {step}",
+            f"{to!r} is file {row.position} ({row.name}), {ends}, and it is also step {step}",
             where=option,
             hint=f"Say which one: {option} {FILE}{row.position} or {option} {STEP}{step}",
         )
@@ -109,7 +110,7 @@ def _matches(rows: Sequence[FileRow], text: str) -> list[FileRow]:
 
 
 def _step_meant(text: str, steps: Sequence[int]) -> int | None:
-    """Return the step that a text means: any number after `step:` or `step-`; a bare one only if it is a boundary."""
+    """Return the one of some steps that a text means: a number, also after `step:` or `step-`; None if it is none."""
     marked = _STEP.fullmatch(text)
     number = marked.group(1) if marked else text
     return int(number) if number.isdecimal() and len(number) < DIGITS and int(number) in steps else None

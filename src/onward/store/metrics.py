@@ -12,7 +12,7 @@ from dataclasses import astuple, fields
 from functools import cached_property
 from pathlib import Path
 
-from onward.store.database import Database, Values, begin, connect
+from onward.store.database import Database, Values, begin, connect, marks
 from onward.store.rows import StepRecord
 from onward.store.waiting import Waiting
 
@@ -57,7 +57,7 @@ class Metrics:
 
     _INSERT = (
         f"INSERT OR REPLACE INTO steps ({', '.join(field.name for field in fields(StepRecord))})"
-        f" VALUES ({', '.join('?' * len(fields(StepRecord)))})"
+        f" VALUES ({marks(fields(StepRecord))})"
     )
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.time, waiting: Waiting | None = None) -> None:

@@ -73,6 +73,11 @@ class FileRow:
         return self.start_step
 
     @property
+    def last_step(self) -> int:
+        """The global step with which the file, which has begun, is done."""
+        return self.first_step + (self.planned_steps or 0)
+
+    @property
     def place(self) -> int:
         """The position of the file, which must have one."""
         assert self.position is not None, self.name

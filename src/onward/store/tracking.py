@@ -37,10 +37,7 @@ class Tracking(Database):
 
     def keep_tracker(self, row: TrackerRow) -> None:
         """Record how far a tracker has got."""
-        values = asdict(row) | {"updated": self.clock()}
-        names = ", ".join(values)
-        marks = ", ".join("?" * len(values))
-        self.write(f"INSERT OR REPLACE INTO trackers ({names}) VALUES ({marks})", *values.values())
+        self.insert("trackers", asdict(row) | {"updated": self.clock()}, replace=True)
 
     def steps_after(self, step: int, limit: int) -> list[tuple[FileRow, StepRecord]]:
         """Return the steps of the stream after a step, each with its file, in order; at most about `limit`.
@@ -53,8 +50,7 @@ class Tracking(Database):
             sql = "SELECT * FROM steps WHERE file_id = ? AND step > ? ORDER BY step LIMIT ?"
             records = self.records(StepRecord, sql, row.id, step, limit - len(found))
             is_done = row.state == "done"
-            last = None if is_done else row.first_step + (row.planned_steps or 0)
-            found += [(row, record) for record in records if record.step != last]
+            found += [(row, record) for record in records if is_done or record.step != row.last_step]
             if len(found) >= limit or not is_done:
                 break
         return found

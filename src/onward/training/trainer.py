@@ -111,7 +111,7 @@ class Trainer:
         begun = time.perf_counter()
         state, index = self.state, self.state.cursor.step
         rate = self.rates(state.step + 1, index + 1)
-        loss, grad_norm, divergence = self._finite_gradients(batch)
+        loss, grad_norm, divergence = self._finite_gradients(batch, plan)
         set_learning_rate(state.optimizer, rate)
         with caused_by_no_row("the optimizer took a step"):
             state.optimizer.step()
@@ -137,7 +137,7 @@ class Trainer:
             anchor=divergence,
         )
 
-    def _finite_gradients(self, batch: Batch) -> tuple[float, float, float | None]:
+    def _finite_gradients(self, batch: Batch, plan: Plan) -> tuple[float, float, float | None]:
         """Compute and clip the gradients of a step; return its loss, their norm, and the anchor's divergence.
 
         Under float16, a step whose gradients overflow is computed again with half the scale, until they do not.
@@ -159,7 +159,7 @@ class Trainer:
                 break
             scale = scale.halved()
             self.state.optimizer.zero_grad(set_to_none=True)
-        self._require_finite(loss, grad_norm, batch)
+        self._require_finite(loss, grad_norm, batch, plan)
         self.state.scale = None if scale is None else scale.after_step()
         return loss, grad_norm, divergence
 
@@ -286,15 +286,14 @@ class Trainer:
             return self.execution.placement.clip(limit)
         return nn.utils.clip_grad_norm_(self.state.parameters.values(), limit)
 
-    def _require_finite(self, loss: float, grad_norm: float, batch: Batch) -> None:
+    def _require_finite(self, loss: float, grad_norm: float, batch: Batch, plan: Plan) -> None:
         if not self.world.any(not torch.isfinite(torch.tensor([loss, grad_norm])).all()):
             return
         self.state.optimizer.zero_grad(set_to_none=True)
         name = "gradient" if loss == loss and abs(loss) != float("inf") else "loss"
-        lines = ", ".join(str(line) for line in sorted(batch.lines))
-        rows = f"its rows are on lines {lines}" if len(batch.lines) > 1 else f"its row is on line {lines}"
         raise TrainingError(
-            f"the {name} of step {self.state.step + 1} is not finite (loss {loss}, gradient norm {grad_norm}); {rows}",
+            f"the {name} of step {self.state.step + 1} is not finite (loss {loss}, gradient norm {grad_norm}); "
+            f"{_places_of(batch, plan)}",
             where=f"step {self.state.step + 1}",
             hint="The step was not kept. Look at these rows, or lower learning_rate, then: onward train",
         )
@@ -306,3 +305,13 @@ class Trainer:
         counters.tokens += batch.tokens
         counters.target_tokens += batch.target_tokens
         self.state.cursor = replace(self.state.cursor, step=self.state.cursor.step + 1)
+
+
+def _places_of(batch: Batch, plan: Plan) -> str:
+    """Return where the rows of a step stand: their lines in the plan's file, and how many are of other files."""
+    pairs = zip(batch.lines, batch.references, strict=True)
+    own = sorted(line for line, row in pairs if row.sha256 == plan.sha256)
+    others = len(batch) - len(own)
+    lines = f"line {own[0]}" if len(own) == 1 else f"lines {', '.join(map(str, own))}"
+    said = [f"on {lines}"] * bool(own) + [f"{others} of earlier files"] * bool(others)
+    return f"its {'row is' if len(batch) == 1 else 'rows are'} {' and '.join(said)}"

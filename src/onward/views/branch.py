@@ -18,6 +18,7 @@ from onward.errors import UsageError
 from onward.events import Observe
 from onward.layout import RunLayout
 from onward.service.intake.tokens import open_tokens
+from onward.service.knowledge.evaluation import Evaluation
 from onward.service.knowledge.plans import first_in_stream, sources_of
 from onward.service.session import Session, open_session
 from onward.service.state.reading import verified_point
@@ -84,6 +85,8 @@ class Branch:
     def cool(self, steps: int, observe: Observe, stop: Callable[[], None]) -> float:
         """Train on rows of the whole stream while the learning rate decays to zero; return the rate at the start.
 
+        The loss is that of the run, with the anchor's term if that has a weight.
+
         Args:
             stop: called after each step; may raise to give up.
 
@@ -100,8 +103,8 @@ class Branch:
         plan = CooldownPlan(files, config.batch_size, steps, f"{config.seed}:{self.manifest.state_digest}:{steps}")
         tokens = {sha256: self._open(sha256, stop) for sha256 in sorted(plan.needed)}
         cross_boundary(state, config.model_copy(update={"boundary": "carry"}), plan, state.cursor.position + 1)
-        rates = partial(_rate, peak, steps)
-        trainer = Trainer(state, config, self.session.execution, rates=rates)
+        anchor = Evaluation(self.session, stop).anchor_term(state.model, config)
+        trainer = Trainer(state, config, self.session.execution, anchor, rates=partial(_rate, peak, steps))
         for result in trainer.steps(tokens, plan):
             observe(result)
             stop()

@@ -15,7 +15,7 @@ from typing import Any
 
 from onward.config import Config, stored_config
 from onward.config.keys import acts
-from onward.config.text import parse_config, parse_settings
+from onward.config.text import parse_config, parse_settings, read_config
 from onward.digest import sha256_json
 from onward.errors import ConfigError, UsageError
 from onward.events import Observe
@@ -264,10 +264,14 @@ def _beginning(layout: RunLayout, last: int) -> tuple[int, list[FileRow]]:
 
 
 def _prepare(copy: RunLayout, variant: Variant, order: int) -> None:
-    """Give the files of a copy the config that they had plus the variant's settings, and their rows another order."""
+    """Give the files of a copy the config that they had plus the variant's settings, and their rows another order.
+
+    The model is asked today's `evaluation.files`: those of then may be gone.
+    """
+    asked = read_config(copy.config).evaluation.files
     with Ledger(copy.ledger) as ledger, ledger.transaction():
         for row in ledger.files("queued"):
-            config = variant.applied(stored_config(ledger.config_of(row))).recorded()
+            config = variant.applied(stored_config(ledger.config_of(row)).asking(asked)).recorded()
             fingerprint = sha256_json(config)
             ledger.keep_config(fingerprint, config)
             ledger.set_file(row.id, config=fingerprint, occurrence=row.occurrence + order)

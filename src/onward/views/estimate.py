@@ -30,7 +30,6 @@ from onward.digest import sha256_file
 from onward.errors import OnwardError
 from onward.layout import RunLayout
 from onward.library.making import open_ledger
-from onward.service.intake.folders import require_file
 from onward.service.intake.names import plain_name
 from onward.service.intake.refusals import Refusal
 from onward.service.intake.rules import RulesOfRun
@@ -46,7 +45,7 @@ from onward.training.device.errors import is_out_of_memory
 from onward.training.device.memory import read_total
 from onward.training.state import TrainState
 from onward.training.trainer import Trainer
-from onward.views.preview import rejection
+from onward.views.opened import opened, rejection
 
 TIMED = 4
 """The most steps that are timed."""
@@ -96,7 +95,7 @@ def estimate(layout: RunLayout, path: Path, price_per_hour: float | None = None)
     """Take a few steps of a file on a copy of the run's newest state; the run is not changed.
 
     Args:
-        path: a training file; it need not be in the stream.
+        path: a training file, or any other source that `add` takes; it need not be in the stream.
         price_per_hour: what an hour of this machine costs, in any currency.
 
     Raises:
@@ -105,11 +104,14 @@ def estimate(layout: RunLayout, path: Path, price_per_hour: float | None = None)
         OnwardError: the heaviest step does not fit into memory.
     """
     layout.require()
-    require_file(path)
-    with open_ledger(layout) as ledger, tempfile.TemporaryDirectory(prefix="onward-estimate-") as scratch:
+    with (
+        opened(path) as file,
+        open_ledger(layout) as ledger,
+        tempfile.TemporaryDirectory(prefix="onward-estimate-") as scratch,
+    ):
         config = read_config(layout.config)
-        tokens = _tokenize(layout, ledger, path, config, Path(scratch) / "tokens")
-        own = make_plan(sha256_file(path), tokens.rows, config)
+        tokens = _tokenize(layout, ledger, file, config, Path(scratch) / "tokens")
+        own = make_plan(sha256_file(file), tokens.rows, config)
         plan = plan_at(ledger, own, config, ledger.last_position() + 1)
         session = open_session(layout, ledger, report=lambda _: None)
         files = OpenSources(session, lambda: None).of_plan(plan, tokens)
@@ -123,7 +125,7 @@ def estimate(layout: RunLayout, path: Path, price_per_hour: float | None = None)
             raise
         memory, total = _peak(session.device), read_total(session.device)
         memory += estimate_size(state.view(), session.facts())
-    return _result(path, plan, measured, (memory, total), price_per_hour)
+    return _result(file.name, plan, measured, (memory, total), price_per_hour)
 
 
 class _Measured:
@@ -214,14 +216,14 @@ def _does_not_fit(path: Path, device: torch.device) -> OnwardError:
 
 
 def _result(
-    path: Path, plan: StreamPlan, measured: _Measured, memory: tuple[int, int | None], price_per_hour: float | None
+    name: str, plan: StreamPlan, measured: _Measured, memory: tuple[int, int | None], price_per_hour: float | None
 ) -> Estimate:
     tokens = round(sum(measured.weights) * plan.steps / len(measured.weights))
     pace = measured.tokens / measured.seconds
     seconds = tokens / pace
     device = measured.device
     return Estimate(
-        name=path.name,
+        name=name,
         steps=plan.steps,
         tokens=tokens,
         seconds=seconds,

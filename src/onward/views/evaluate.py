@@ -22,21 +22,26 @@ from onward.store.rows import FileRow
 from onward.text import printable
 from onward.training.checkpoints.checkpoint import Manifest
 from onward.training.model.load import build_model, load_model
-from onward.views.points import AT, hold
+from onward.views.points import AT, Point, hold
 
 HARNESS = "lm_eval"
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """A kept state: its folder, its manifest, and the last file that was trained in it."""
+    """A kept state: where it is, its manifest, and the last file that was trained in it, be it in part."""
 
     session: Session
-    folder: Path
+    point: Point
     manifest: Manifest
     row: FileRow
     config: Config
     scratch: Path
+
+    def described(self) -> dict[str, Any]:
+        """Return which state it is, as JSON values: its step, the last file that was done there, both in words."""
+        done = self.row.place if self.manifest.cursor.at_boundary else self.row.place - 1
+        return {"step": self.manifest.step, "after": done, "at": self.point.label}
 
 
 def measure(
@@ -57,17 +62,18 @@ def measure(
     """
     with _opened(layout, at, report) as kept:
         spec = replace(kept.session.spec, config=kept.config)
-        model = build_model(spec, checkpoint=kept.folder, treatment=kept.session.treatment)
+        model = build_model(spec, checkpoint=kept.point.folder, treatment=kept.session.treatment)
         evaluation = Evaluation(kept.session, look, samples=kept.scratch / "samples")
         found = evaluation.everything(model, kept.row, kept.config, kept.manifest.step)
-        names = {row.sha256: (row.position, row.name) for row in kept.session.ledger.files("training", "done")}
-    names |= {key: (None, name) for key, name in found["names"].items()}
+        names = {key: (None, name) for key, name in found["names"].items()}
+        stream = kept.session.ledger.in_stream(0, kept.row.place)
+        names |= {row.sha256: (row.position, row.name) for row in stream}
     files = [
         {"position": names[key][0], "name": names[key][1], "sha256": key, **score}
         for key, score in found["model"].items()
     ]
     anchor = found["anchor"] and found["anchor"]["kl"]
-    return {"step": kept.manifest.step, "after": kept.row.position, "files": files, "anchor": anchor}
+    return {**kept.described(), "files": files, "anchor": anchor}
 
 
 def measure_tasks(
@@ -90,14 +96,14 @@ def measure_tasks(
         raise UsageError("--tasks needs lm-evaluation-harness", where="--tasks", hint="pip install 'onward[eval]'")
     with _opened(layout, at, report) as kept:
         session = kept.session
-        model = load_model(kept.folder, session.base, session.device, session.dtype)
+        model = load_model(kept.point.folder, session.base, session.device, session.dtype)
         results = _run_harness(model, session, tasks, limit)
-    return {"step": kept.manifest.step, "after": kept.row.position, "tasks": results}
+    return {**kept.described(), "tasks": results}
 
 
 def lines_of(found: Mapping[str, Any]) -> list[str]:
     """Return what was measured as lines."""
-    lines = [f"step {found['step']}, after file {found['after']}"]
+    lines = [printable(found["at"])]
     for file in found.get("files", ()):
         position = "" if file["position"] is None else f"{file['position']} "
         mark = " (trained rows)" if file["trained"] else ""
@@ -123,7 +129,8 @@ def _opened(layout: RunLayout, at: str | None, report: Callable[[str], None]) ->
         if row is None:
             raise UsageError("nothing was trained in that state", where=AT, hint="Name a later one; see onward history")
         session = open_session(layout, ledger, report=report)
-        yield _Kept(session, point.folder, manifest, row, stored_config(manifest.config), Path(scratch))
+        then, files = stored_config(manifest.config), session.config.evaluation.files  # those of then may be gone
+        yield _Kept(session, point, manifest, row, then.asking(files), Path(scratch))
 
 
 @contextlib.contextmanager

@@ -7,11 +7,13 @@ import tempfile
 from collections.abc import Generator
 from pathlib import Path
 
-from onward.errors import UsageError
+from onward.data.files.faults import FileError
+from onward.errors import FileRejected, UsageError
 from onward.service.intake.budget import Spending
 from onward.service.intake.folders import is_saved_dataset, joined, require_file
 from onward.service.intake.hub import Hub, HubName, is_hub_name
 from onward.service.intake.names import plain_name
+from onward.service.intake.refusals import Refusal
 
 
 @contextlib.contextmanager
@@ -24,7 +26,7 @@ def opened(path: Path, hub: Hub | None = None) -> Generator[Path]:
 
     Raises:
         UsageError: there is no such file, or the data set has several.
-        FileError: a saved data set cannot be joined.
+        FileRejected: a saved data set cannot be joined.
     """
     path = _downloaded(path, hub or Hub()) if is_hub_name(path) else path
     require_file(path)
@@ -33,9 +35,20 @@ def opened(path: Path, hub: Hub | None = None) -> Generator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="onward-") as folder:
         file = Path(folder) / plain_name(f"{path.absolute().name}.arrow")
-        with file.open("wb") as writer:
-            joined(path, writer, Spending())
+        try:
+            with file.open("wb") as writer:
+                joined(path, writer, Spending())
+        except FileError as error:
+            raise rejection(Refusal.of_file(path.name, error)) from None
         yield file
+
+
+def rejection(refusal: Refusal) -> FileRejected:
+    """Return the error for a file that `add` would refuse."""
+    lines = "\n".join(f"  {line}" for line in refusal.lines())
+    way = f", {refusal.way_out}" if refusal.way_out else ""
+    hint = f"Fix the rows and try again{way}."
+    return FileRejected(f"the file would be rejected:\n{lines}", where=refusal.name, hint=hint)
 
 
 def _downloaded(path: Path, hub: Hub) -> Path:

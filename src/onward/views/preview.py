@@ -18,20 +18,18 @@ from numpy.typing import NDArray
 
 from onward.config import Config
 from onward.config.text import read_config
-from onward.data.files.faults import FileError
 from onward.data.plan.order import make_plan
 from onward.data.report import IntakeReport
 from onward.data.row_tokenizer import Fitted
 from onward.data.tokenize import check_rows
 from onward.data.tokenized import PackedRow, unpack
-from onward.errors import FileRejected
 from onward.layout import RunLayout
 from onward.service.intake.names import plain_name
 from onward.service.intake.refusals import Refusal
 from onward.service.intake.rules import RowRules, RulesOfRun
 from onward.store.ledger import Ledger
 from onward.text import printable
-from onward.views.opened import opened
+from onward.views.opened import opened, rejection
 
 ROWS = 3
 """How many rows are shown by default."""
@@ -185,12 +183,9 @@ def _checked(path: Path, rules: RowRules, observe: Callable[[int, Fitted], None]
     Raises:
         FileRejected: it would be refused.
     """
-    try:
-        with opened(path) as file:
-            name = plain_name(file.name)
-            report = check_rows(file, rules.tokenizer, observe, reading=rules.reading)
-    except FileError as error:
-        raise rejection(Refusal.of_file(plain_name(path.name), error)) from None
+    with opened(path) as file:
+        name = plain_name(file.name)
+        report = check_rows(file, rules.tokenizer, observe, reading=rules.reading)
     if not report.ok:
         raise rejection(Refusal.of_rows(name, report))
     return name, report
@@ -252,14 +247,6 @@ def _common(first: str, second: str) -> int:
     """Return how many leading characters two texts have in common."""
     places = range(min(len(first), len(second)))
     return next((place for place in places if first[place] != second[place]), len(places))
-
-
-def rejection(refusal: Refusal) -> FileRejected:
-    """Return the error for a file that `add` would refuse."""
-    lines = "\n".join(f"  {line}" for line in refusal.lines())
-    way = f", {refusal.way_out}" if refusal.way_out else ""
-    hint = f"Fix the rows and try again{way}."
-    return FileRejected(f"the file would be rejected:\n{lines}", where=refusal.name, hint=hint)
 
 
 def _seconds(ledger: Ledger, tokens: float, config: Config) -> float | None:

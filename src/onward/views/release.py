@@ -226,7 +226,8 @@ def measured(branch: Branch, ledger: Ledger) -> dict[str, Any]:
     rows = ledger.files("done")
     if not rows:
         return {"files": [], "average": None, "forgetting": {"mean": None, "worst": None, "file": None}, "anchor": None}
-    found = Evaluation(branch.session).everything(branch.state.model, rows[-1], branch.config, branch.state.step)
+    config = branch.config.asking([])
+    found = Evaluation(branch.session).everything(branch.state.model, rows[-1], config, branch.state.step)
     table, scores, kl = read_table(ledger), found["model"], found["anchor"] and found["anchor"]["kl"]
     figures = replace(
         table,

@@ -98,7 +98,7 @@ def reset(run: RunOption = Path(), yes: YesOption = False, as_json: JsonOption =
 
 
 def ask(question: str, yes: bool) -> None:
-    """Ask before something is destroyed.
+    """Ask before something is destroyed. The answer may come from a terminal or, as `yes` gives it, through a pipe.
 
     Raises:
         UsageError: there is nobody to ask.
@@ -106,16 +106,16 @@ def ask(question: str, yes: bool) -> None:
     """
     if yes:
         return
-    if not sys.stdin.isatty():
-        raise UsageError(
-            "this destroys state, and there is no terminal on which to ask", hint="Give --yes if you mean it."
-        )
     write(sys.stderr, f"{question} [y/N]: ")  # `typer.confirm` writes to stdout, too, which is for results
     typed = ""
     with contextlib.suppress(UnicodeDecodeError):
-        typed = sys.stdin.readline()
+        typed = sys.stdin.readline() if sys.stdin else ""
     if not typed.endswith("\n"):
         write(sys.stderr, "\n")
+    if not typed and not (sys.stdin and sys.stdin.isatty()):
+        raise UsageError(
+            "this destroys state, and there is no terminal on which to ask", hint="Give --yes if you mean it."
+        )
     if typed.strip().lower() not in ("y", "yes"):
         raise typer.Abort
 

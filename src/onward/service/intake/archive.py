@@ -8,7 +8,7 @@ from pathlib import Path
 
 import zstandard
 
-from onward.atomic import fsync_directory
+from onward.atomic import fsync_directory, fsync_file, link_or_copy
 from onward.data.files.formats import TEXT_FORMATS
 from onward.digest import CHUNK, sha256_file
 from onward.errors import DamagedState
@@ -64,9 +64,29 @@ def compress_original(layout: RunLayout, ledger: Ledger, row: FileRow) -> None:
     plain.unlink()
 
 
+def take_out_original(layout: RunLayout, row: FileRow, target: Path) -> None:
+    """Make `target` the original of a file as it arrived, if the archive still has it: a link, or unpacked."""
+    path = layout.kept(row.copy)
+    if not path.is_file():
+        return
+    if not _is_packed(path, row):
+        link_or_copy(path, target)
+        return
+    try:
+        with path.open("rb") as source, target.open("xb") as stream:
+            zstandard.ZstdDecompressor().copy_stream(source, stream)
+    except zstandard.ZstdError:
+        target.unlink()
+    else:
+        fsync_file(target)
+
+
+def _is_packed(path: Path, row: FileRow) -> bool:
+    return path.suffix == PACKED and not row.name.endswith(PACKED)
+
+
 def _digest(path: Path, row: FileRow) -> str:
-    is_packed = path.suffix == PACKED and not row.name.endswith(PACKED)
-    return _unpacked_digest(path) if is_packed else sha256_file(path)
+    return _unpacked_digest(path) if _is_packed(path, row) else sha256_file(path)
 
 
 def _unpacked_digest(path: Path) -> str:

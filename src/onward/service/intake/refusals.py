@@ -53,7 +53,7 @@ class Refusal:
         """Return the refusal of content that the stream already has."""
         place = f"file {twin.position} of the stream" if twin.position else "a file of the stream or this command"
         reason = f"its content is that of {place} ({twin.name}, {twin.state})"
-        return cls(row.name, [_problem(None, reason, "to train it once more: onward add --again")], 1)
+        return cls(row.name, [_problem(None, reason, "to train it once more: onward add --again FILE")], 1)
 
     @classmethod
     def of_change(cls, row: FileRow) -> Refusal:

@@ -23,16 +23,22 @@ class Settling:
         self._check = check
 
     def without_duplicates(self, rows: Sequence[FileRow]) -> tuple[list[FileRow], list[tuple[FileRow, Refusal]]]:
-        """Set aside files whose content the stream has; a command repeated after a kill continues without them."""
+        """Set aside files whose content the stream has.
+
+        A command that is repeated after a kill continues without them: it names them as before.
+        """
         held = {row.id: self.ledger.holding(row.sha256) for row in rows}
         goes_on = any(other and other.state != "done" for other in held.values())
+        first: dict[str, FileRow] = {}
         fresh: list[FileRow] = []
         refusals: list[tuple[FileRow, Refusal]] = []
         for row in rows:
-            twin = held[row.id] or next((other for other in fresh if other.sha256 == row.sha256), None)
+            in_stream = held[row.id]
+            twin = in_stream or first.get(row.sha256)
             if twin is None or row.again:
                 fresh.append(row)
-            elif twin in fresh or not goes_on or row.inbox:
+                first.setdefault(row.sha256, row)
+            elif in_stream is None or not goes_on or row.inbox or twin.name != row.name:
                 refusals.append((row, Refusal.of_duplicate(row, twin)))
         return fresh, refusals
 
@@ -44,6 +50,7 @@ class Settling:
         checked = {row.id for row, _ in reports}
         accepted: list[FileRow] = []
         dropped: list[FileRow] = []
+        skipped: list[FileRow] = []
         with self.ledger.transaction():
             for row in rows:
                 if row.id not in checked and self._is_arriving(row):
@@ -53,11 +60,12 @@ class Settling:
                 if self._is_arriving(row):
                     self._queue(row, report)
                     accepted.append(row)
+                else:
+                    skipped.append(row)
         for row in dropped:
             self._remove_copy(row)
-        for row, _ in reports:
-            if row not in accepted:
-                self._check.forget_tokens(row)
+        for row in skipped:
+            self._check.forget_tokens(row)
         return [self.ledger.file(row.id) for row in accepted]
 
     def refuse(self, rows: Sequence[FileRow], refusals: Sequence[tuple[FileRow, Refusal]]) -> None:
@@ -99,7 +107,7 @@ class Settling:
         if report.bad_rows:
             for line in Refusal.of_rows(row.name, report).lines():
                 self.ledger.add_event("warning", f"left out: {line}", kind="left_out")
-            count = f"{report.bad_rows} {'row' if report.bad_rows == 1 else 'rows'}"
+            count = how_many(report.bad_rows, "row")
             self.ledger.add_event("warning", f"{row.name}: {count} left out (bad_rows: drop)", kind="left_out")
 
     def _is_arriving(self, row: FileRow) -> bool:

@@ -38,10 +38,14 @@ def anchor_rows(session: Session, config: Config, base: Callable[[], Meter]) -> 
 
     Raises:
         DamagedState: they were written before, and written again they are other texts.
+        ValueError: they are longer than the rows that the model has positions for.
     """
     folder = session.layout.anchor / _name(session, config)
 
     def write() -> None:
+        limit = session.capacity.learned_positions
+        if limit is not None and config.anchor.tokens > limit:  # on a GPU the process could not go on after the attempt
+            raise ValueError(f"anchor.tokens is {config.anchor.tokens}, the model has learned {limit} positions")
         _keep(folder, base().write((config.anchor.rows, config.anchor.tokens), _first_token(session)))
 
     texts = _ensured(session, folder, _texts, write)

@@ -120,7 +120,11 @@ class Evaluation:
 
         Args:
             row: the last file of the stream to measure.
+
+        Raises:
+            ConfigError: a file of `evaluation.files` cannot be read.
         """
+        self.require_questions(config)
         now = self._begin(model, row, config, (row.place, step), None)
         others = self._others(now)
         now.measuring.all_of_model([*map(others.subject, others.keys), self._subject(now, row, None)])
@@ -143,7 +147,8 @@ class Evaluation:
     def answers(self, model: nn.Module, row: FileRow, tokens: TokenizedFile) -> dict[str, Any]:
         """Judge, before its first step, whether a file's answers say anything and belong to their questions."""
         order = rows_in_question(self._session.config.seed, row.sha256, tokens.rows, LOOKS[-1])
-        found = judged([tokens.row(place) for place in order], partial(self.row_losses, model), self._known(row))
+        rows, longest = [tokens.row(place) for place in order], self._session.capacity.learned_positions
+        found = judged(rows, partial(self.row_losses, model), self._known(row), longest)
         return found | {"lines": [tokens.line(order[place]) for place in found.pop("worst")]}
 
     def _known(self, row: FileRow) -> Iterator[Sequence[Row]]:
@@ -165,9 +170,16 @@ class Evaluation:
         Raises:
             ConfigError: a file cannot be read; the hint says what to do.
         """
-        if config.evaluation.share:
-            for name in config.evaluation.files:
-                self._samples.of_question_file(Path(name), config, config.evaluation.rows)
+        for name in config.evaluation.files:
+            self._samples.of_question_file(Path(name), config, config.evaluation.rows)
+
+    def asked(self, config: Config) -> dict[str, str]:
+        """Return the names of the `evaluation.files` that can be read now, by content."""
+        found: dict[str, str] = {}
+        for name in config.evaluation.files:
+            with contextlib.suppress(ConfigError):
+                found[self._samples.of_question_file(Path(name), config, config.evaluation.rows)[0]] = name
+        return found
 
     def _begin(self, model: nn.Module, row: FileRow, config: Config, place: tuple[int, int], left: int | None) -> _Now:
         meter = self._meter_of(model, config)
@@ -217,17 +229,24 @@ class Evaluation:
                 now.measuring.of_base(others.subject(key))
 
     def _others(self, now: _Now) -> _Others:
-        """Return the earlier files of the stream, each content once, then those of `evaluation.files`."""
+        """Return the earlier files of the stream, each content once, then those of `evaluation.files`.
+
+        A content that is in the stream is measured as a file of the stream: of its other rows, some were trained.
+        """
+        places = self.account.up_to(now.position - 1).contents
         asked: dict[str, Subject] = {}
         for name in now.config.evaluation.files:
-            key, sample = self._samples.of_question_file(Path(name), now.config, now.config.evaluation.rows)
+            try:
+                key, sample = self._samples.of_question_file(Path(name), now.config, now.config.evaluation.rows)
+            except ConfigError as error:  # it was there when the file began, whose config cannot be changed any more
+                self._ledger.add_event("warning", f"{error.what} ({error.where})", now.step)
+                continue
             now.measuring.names[key] = name
             asked[key] = Subject(key, partial(_given, sample))
-        places = self.account.up_to(now.position - 1).contents
-        keys = [*(key for key in places if key != now.row.sha256 and key not in asked), *asked]
+        keys = [key for key in dict.fromkeys([*places, *asked]) if key != now.row.sha256]
 
         def subject(key: str) -> Subject:
-            row = None if key in asked else self._ledger.at_position(places[key])
+            row = self._ledger.at_position(places[key]) if key in places else None
             return asked[key] if row is None else self._subject(now, row, None)
 
         return _Others(keys, subject)

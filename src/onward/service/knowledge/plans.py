@@ -40,7 +40,7 @@ def plan_at(ledger: Ledger, own: FilePlan, config: Config, position: int) -> Str
     """Return the plan that a file with a plan of its own has at a place in the stream, as `plan_of` does."""
     if not config.replay.share:
         return own
-    before = [other for other in ledger.in_stream(after=0) if other.place < position]
+    before = ledger.in_stream(0, position - 1)
     sources = _sources(ledger, before, own.sha256, config)
     if not sources:
         return own

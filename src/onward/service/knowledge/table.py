@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
+from onward.store.files import BEGUN_STATES, LAST
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
 
@@ -172,17 +173,16 @@ class Measured:
     before: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
-def read_measured(ledger: Ledger, up_to: int | None = None, *, after: int = 0) -> list[Measured]:
+def read_measured(ledger: Ledger, up_to: int = LAST, *, after: int = 0) -> list[Measured]:
     """Return what was measured for the files of the stream that have begun, in order.
 
     Args:
-        up_to: the last position to include; None for all.
+        up_to: the last position to include.
         after: the position before the first to include.
     """
-    rows = [row for row in ledger.in_stream(after) if row.state in ("training", "done")]
     found: list[Measured] = []
-    for row in rows:
-        if up_to is None or row.place <= up_to:
+    for row in ledger.in_stream(after, up_to):
+        if row.state in BEGUN_STATES:
             results = ledger.boundary_results(row.id)
             found.append(Measured(row, results.get(GRID, {}), results.get(BEFORE, {})))
     return found
@@ -208,7 +208,7 @@ def table_of(measured: Sequence[Measured]) -> Table:
     return Table(columns, after, rows, [of_base, *anchors])
 
 
-def read_table(ledger: Ledger, up_to: int | None = None) -> Table:
+def read_table(ledger: Ledger, up_to: int = LAST) -> Table:
     """Return the table of a run from its ledger."""
     return table_of(read_measured(ledger, up_to))
 

@@ -69,13 +69,12 @@ class Daemon:
         self._open_session = open_session
         self.intake = intake
         self._incoming = incoming
-        self._crash = crash
         self._patient = patient
         self._work = Work(leave=self._drop_worker, release=self._drop_worker, say=self._show)
         self._look = partial(self.control.obey_while_reading, self._work)
         intake.stop = self._look
         self._room = DiskRoom(owned, patient, partial(self.control.obey_at_rest, self._work))
-        self._recovery = Recovery(owned)
+        self._recovery = Recovery(owned, crash)
         self._worker: Worker | None = None
         self._was_dropped = False
         self._once = False
@@ -87,7 +86,7 @@ class Daemon:
         if self._has_begun:
             return
         if self._patient:
-            self._recovery.after_death(self._crash)
+            self._recovery.after_death()
         if self.ledger.get("paused") is not None and not self.control.is_paused:
             if self._patient:
                 self.control.begin_paused()

@@ -63,15 +63,16 @@ class DiskRoom:
         )
         owned.shown.set(PAUSED, problem)
         owned.record("warning", problem, "paused")
-        while not self._has(needed) and not owned.wishes:
+        while not (has_room := self._has(needed)) and not owned.wishes:
             owned.heartbeat.moved()
             owned.ledger.require_own_release()
             owned.look_at_config()
             self._obey()
             time.sleep(TICK)
         owned.shown.set(before or IDLE)
-        with contextlib.suppress(sqlite3.OperationalError):
-            owned.ledger.add_event("info", "the disk has room again")
+        if has_room:
+            with contextlib.suppress(sqlite3.OperationalError):
+                owned.ledger.add_event("info", "the disk has room again")
 
     def _free(self) -> int:
         return shutil.disk_usage(self._owned.layout.root).free

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onward.atomic import link_or_copy
+from onward.atomic import TEMPORARY_PREFIX
 from onward.config import Config, stored_config
 from onward.config.text import read_config
 from onward.errors import END_OTHERS, DeviceLost, GuardRejected, OnwardError, TrainingError, first_line
 from onward.layout import RunLayout
 from onward.service.client import skip_queued
+from onward.service.intake.archive import take_out_original
 from onward.service.intake.names import unused_name
 from onward.service.intake.refusals import Refusal, is_free, keep_refused
 from onward.service.owner.training.steps import StepFailed
@@ -43,14 +44,14 @@ class Failure:
     rejected: tuple[dict[str, Any], ...] = ()
 
     @classmethod
-    def of(cls, error: BaseException) -> Failure:
+    def of(cls, error: Exception) -> Failure:
         """Return the description of an error."""
         cause = cause_of(error)
         rejected = tuple(cause.problems) if isinstance(cause, GuardRejected) else ()
         return cls(describe(cause), is_out_of_memory(cause), rejected)
 
 
-def cause_of(error: BaseException) -> BaseException:
+def cause_of(error: Exception) -> Exception:
     """Return what made a step fail, or the error itself if it is not about a step."""
     return error.cause if isinstance(error, StepFailed) else error
 
@@ -61,7 +62,7 @@ def for_person(error: Exception, row: FileRow | None) -> Exception:
     Args:
         row: the current file.
     """
-    cause = error.cause if isinstance(error, StepFailed) else error
+    cause = cause_of(error)
     if is_device_lost(cause):
         return DeviceLost(
             f"the GPU was lost to this process: {first_line(cause)}",
@@ -102,14 +103,14 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-def blames_file(error: BaseException) -> bool:
+def blames_file(error: Exception) -> bool:
     """Whether an error is the current file's fault, so that the queue can continue without it.
 
     A file is to blame for what its rows cause after its first step began; the config for what it does not allow; and
     the machine for everything else: disk, ledger, GPU, memory that ran out while the model was loaded, checked or
     committed, or while other processes held GPU memory.
     """
-    cause = error.cause if isinstance(error, StepFailed) else error
+    cause = cause_of(error)
     if isinstance(cause, TrainingError):
         return True
     elsewhere = isinstance(cause, OnwardError | OSError | sqlite3.Error) or is_device_lost(cause)
@@ -167,7 +168,7 @@ def _quarantine(
     if found:
         way = f"onward accept {typed(row.name)} trains it anyway"
         refusal = Refusal.of_guard(row.name, found, way)
-    report = keep_refused(layout, _link(layout, row), refusal, ledger.clock(), move=True).relative_to(layout.root)
+    report = keep_refused(layout, _original(layout, row), refusal, ledger.clock(), move=True).relative_to(layout.root)
     move = Move(row, "quarantined", {"note": reason, "position": None, "failures": row.failures + 1})
     _take_back(layout, ledger, row, move, f"{row.name} quarantined")
     ledger.add_event("error", f"{row.name} quarantined ({report}): {reason}", kind="quarantined")
@@ -221,12 +222,11 @@ def _smaller_parts(row: FileRow, ledger: Ledger, config: Config) -> int | None:
     return min(2 * tried, used.batch_size) if 0 < tried < used.batch_size else None
 
 
-def _link(layout: RunLayout, row: FileRow) -> Path:
-    """Return a second link to the archived original, to be moved to `rejected/`."""
-    copy = layout.kept(row.copy)
-    link = layout.rejected / f".tmp-{copy.name}"
-    link = link if is_free(link) else unused_name(layout.rejected, link.name)
-    link.unlink(missing_ok=True)
-    if copy.is_file():
-        link_or_copy(copy, link)
-    return link
+def _original(layout: RunLayout, row: FileRow) -> Path:
+    """Return the path of a second copy of the archived original, to be moved to `rejected/`; none if that is gone."""
+    layout.rejected.mkdir(exist_ok=True)
+    name = f"{TEMPORARY_PREFIX}{layout.kept(row.copy).name}"
+    path = layout.rejected / name if is_free(layout.rejected / name) else unused_name(layout.rejected, name)
+    path.unlink(missing_ok=True)
+    take_out_original(layout, row, path)
+    return path

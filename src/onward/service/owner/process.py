@@ -101,7 +101,9 @@ class OpenedRun:
     def let_go(self) -> None:
         """Make the other processes that train free their models too."""
         if self.world is not None:
-            self.world.tell(lambda: {"order": "release"})
+            from onward.training.ranks.orders import RELEASE
+
+            self.world.tell(lambda: {"order": RELEASE})
 
     def hash_base(self) -> None:
         """Begin to hash the base model during the large imports, so that it costs no extra time."""

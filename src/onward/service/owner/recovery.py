@@ -23,10 +23,13 @@ class Recovery:
 
     While a disk is full, the next one comes after two seconds, for a night perhaps: `status` shows each, but events,
     log and notifications have only the first of its kind, the 2nd, 4th, 8th and so on.
+
+    Args:
+        crash: how the previous process died, if it did.
     """
 
-    def __init__(self, owned: Owned) -> None:
-        self._owned = owned
+    def __init__(self, owned: Owned, crash: Crash | None) -> None:
+        self._owned, self._crash = owned, crash
         self._failures = 0
         self._told: set[tuple[type[Exception], int | None]] = set()
 
@@ -57,8 +60,9 @@ class Recovery:
             self._owned.record("error", problem, "failed")
         self._rest(seconds)
 
-    def after_death(self, crash: Crash | None) -> None:
-        """Wait longer after each death in the same place, then give up the current file."""
+    def after_death(self) -> None:
+        """Wait longer after each death in the same place, then give up the current file; once in a process."""
+        crash = self._crash
         if crash is None:
             return
         owned, deaths = self._owned, crash.deaths
@@ -71,6 +75,7 @@ class Recovery:
             problem = f"the process died {deaths.count} times after step {deaths.step}; goes on in {crash.waits:.0f} s"
             owned.shown.set(FAILED, problem)
             self._rest(crash.waits)
+        self._crash = None
 
     def _rest(self, seconds: float) -> None:
         ends = time.monotonic() + seconds

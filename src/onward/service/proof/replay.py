@@ -28,7 +28,7 @@ from onward.text import how_many
 from onward.training.boundary import cross_boundary
 from onward.training.checkpoints.checkpoint import Manifest, inspect_checkpoint
 from onward.training.checkpoints.loading import load_state
-from onward.training.device.environment import promises_bits, same_environment
+from onward.training.device.environment import differences, promises_bits, same_environment
 from onward.training.model.weights import save_weights
 from onward.training.state import TrainState
 from onward.training.trainer import Trainer
@@ -60,20 +60,22 @@ def replay(layout: RunLayout, ledger: Ledger) -> str:
             )
         if not same_environment(session.environment, target.environment):
             raise VerificationFailed(
-                f"the state was made elsewhere: {target.environment}, here {session.environment}",
+                f"the state was made elsewhere: {differences(target.environment, session.environment)}",
                 hint=EXACT,
             )
         config = stored_config(start.config)
         state = load_state(folder, start, replace(session.spec, config=config), treatment=session.treatment)
         evaluation = Evaluation(session, samples=Path(scratch) / "samples")
+        unmeasured: list[str] = []
         try:
-            steps = sum(1 for _ in _train_again(session, evaluation, state, target, Path(scratch)))
+            steps = sum(1 for _ in _train_again(session, evaluation, state, target, Path(scratch), unmeasured))
             _require_equal(state, target, Path(scratch))
         except VerificationFailed as error:
             _require_one_environment(ledger, start.step, target.step, error)
             raise
     again = f"{how_many(steps, 'step')} from step {start.step} trained again"
-    return f"{again}: weights, moments and losses equal, bit for bit"
+    files = f"; not measured again, since evaluation.files have changed: {', '.join(unmeasured)}" if unmeasured else ""
+    return f"{again}: weights, moments and losses equal, bit for bit{files}"
 
 
 def _require_one_environment(ledger: Ledger, first: int, last: int, found: VerificationFailed) -> None:
@@ -108,25 +110,36 @@ def _start(layout: RunLayout, target: Manifest) -> tuple[Path, Manifest]:
 
 
 def _train_again(
-    session: Session, evaluation: Evaluation, state: TrainState, target: Manifest, scratch: Path
+    session: Session, evaluation: Evaluation, state: TrainState, target: Manifest, scratch: Path, unmeasured: list[str]
 ) -> Iterator[None]:
+    """Train up to a state, one yield per step; append files after which `evaluation.files` had other contents."""
     sources = _SameTokens(session, scratch)
     for row in session.ledger.files("training", "done"):
         if row.place <= state.cursor.position or row.place > target.cursor.position:
             continue
         yield from _train_file(sources, evaluation, state, target, row)
-        if state.cursor.at_boundary:
-            _measure_again(session.ledger, evaluation, state, row)
+        if state.cursor.at_boundary and not _measure_again(session.ledger, evaluation, state, row):
+            unmeasured.append(row.name)
 
 
-def _measure_again(ledger: Ledger, evaluation: Evaluation, state: TrainState, row: FileRow) -> None:
-    """Repeat the measurements of a boundary and compare them, unless an earlier release measured in another way."""
+def _measure_again(ledger: Ledger, evaluation: Evaluation, state: TrainState, row: FileRow) -> bool:
+    """Repeat the measurements of a boundary and compare them, unless an earlier release measured in another way.
+
+    Returns:
+        False if they cannot be repeated: files of `evaluation.files` are missing now, or have other contents.
+    """
     recorded = ledger.boundary_results(row.id).get(GRID)
     if recorded is None or recorded.get("way") != WAY:
-        return
-    measured = evaluation.of_boundary(state.model, row, stored_config(ledger.config_of(row)), state.step)[GRID]
+        return True
+    config = stored_config(ledger.config_of(row))
+    if recorded["names"] not in ({}, evaluation.asked(config)):
+        return False
+    measured = evaluation.of_boundary(state.model, row, config, state.step)[GRID]
+    if measured["names"] != recorded["names"]:  # they could not be read then
+        return False
     if json.loads(json.dumps(measured)) != recorded:
         raise VerificationFailed(f"measured again after {row.name}, the model's scores differ from those recorded")
+    return True
 
 
 class _SameTokens:

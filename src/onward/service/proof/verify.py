@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from onward.atomic import TEMPORARY_PREFIX
@@ -113,6 +114,8 @@ def _check(name: str, claim: Callable[[], str]) -> Check:
     except Exception as error:
         if is_of_the_device(error) or is_out_of_space(error) or is_without_temporary(error):
             raise  # it says nothing about the run
+        if isinstance(error, FileNotFoundError) and error.filename:
+            return Check(name, False, f"{Path(str(error.filename)).name} is missing")
         is_known = isinstance(error, (_Failed, OnwardError))  # damage also takes unforeseen forms
         return Check(name, False, str(error) if is_known else f"{type(error).__name__}: {error}")
 
@@ -157,7 +160,8 @@ def _root_files(layout: RunLayout, manifest: Manifest) -> str:
     for name, entry in manifest.files.items():
         path = layout.current / name
         _require(path.is_file(), f"current_model/{name} is missing")
-        same = path.samefile(layout.checkpoint(manifest.step) / name) or xxh3_file(path) == entry["xxh3"]
+        kept = layout.checkpoint(manifest.step) / name
+        same = (kept.exists() and path.samefile(kept)) or xxh3_file(path) == entry["xxh3"]
         _require(same, f"current_model/{name} is not that of checkpoint-{manifest.step}")
     return f"{len(manifest.files)} files are those of the checkpoint"
 
@@ -184,8 +188,7 @@ def _counters(layout: RunLayout, ledger: Ledger, manifest: Manifest) -> str:
 def _require_stream(ledger: Ledger, manifest: Manifest) -> None:
     """Check that the checkpoint is of the files that the ledger has, in their order, and of as many tokens."""
     stream, cursor = "", manifest.cursor
-    files = [row for row in ledger.in_stream(after=0) if row.place <= cursor.position]
-    for row in files:
+    for row in ledger.in_stream(0, cursor.position):
         stream = sha256_json([stream, row.sha256])
     _require(stream == cursor.stream, "the state is of other files than the ledger has, or of another order")
     counted = ledger.count_trained_up_to(manifest.step)
@@ -284,6 +287,8 @@ def _restore_points(layout: RunLayout, ledger: Ledger) -> str:
     for point in points:
         found = inspect_checkpoint(point)
         _require(found.verified is not None, f"{point.name}: {'; '.join(found.problems)}")
+    if not points:
+        return "none is kept"
     return f"{len(points)} verify (steps {', '.join(str(step_of(point)) for point in reversed(points))})"
 
 

@@ -7,7 +7,7 @@ import json
 import shutil
 import sqlite3
 import uuid
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +17,9 @@ from onward.atomic import TEMPORARY_PREFIX, fsync_file, remove_temporaries
 from onward.config import Config
 from onward.config.schema import write_config
 from onward.config.text import flattened
+from onward.data.row_tokenizer import end_token
 from onward.data.templates.own_template import keep_template, write_template
-from onward.errors import DamagedState, OnwardError, UsageError
+from onward.errors import DamagedState, ModelError, OnwardError, UsageError
 from onward.layout import RunLayout
 from onward.service.admission import admit_new, keep
 from onward.service.session import open_session
@@ -26,6 +27,7 @@ from onward.service.state.adopted import describe
 from onward.service.state.adopted_config import Adopted, read_adopted
 from onward.service.state.commits import Commit, Commits
 from onward.service.state.ownership import Ownership
+from onward.service.tokenizer import copy_tokenizer, load_tokenizer_of
 from onward.store.ledger import Ledger
 from onward.text import quoted
 from onward.training.admission.findings import Findings
@@ -38,14 +40,15 @@ from onward.training.foreign.settings import router_loss
 from onward.training.measuring.probe import Probe
 from onward.training.model.base import (
     OWN_BASE,
-    TOKENIZER_FILES,
     TOKENIZER_MARK,
     WEIGHTS,
+    digest_base,
+    keep_revision,
     resolve_base,
     with_stored_path,
 )
 from onward.training.model.capacity import read_capacity, require_fits
-from onward.training.model.load import build_model, load_tokenizer
+from onward.training.model.load import build_model
 from onward.training.model.spec import ModelSpec
 from onward.training.state import TrainState
 
@@ -83,15 +86,18 @@ def adopt(
     with _way_out():
         adopted = read_adopted(checkpoint, model, settings, fresh=fresh_moments)
         template_name, template = keep_template(adopted.config.chat_template, layout.root)
-        base = _base(adopted, resolve_base(adopted.config.model, download=True, report=report))
+        named = resolve_base(adopted.config.model, revision=adopted.revision, download=True, report=report)
+        base = _base(adopted, named)
+        other_base = list(_other_base(adopted, base, is_named=bool(model or settings.get("model"))))
         require_fits(read_capacity(base), max_length=adopted.config.max_length)
         _require_tokenizer(checkpoint, base)
         state, findings, notes = _load(adopted, base)
         config = _with_base(adopted.config, base, checkpoint, layout)
         config = config.model_copy(update={"chat_template": template_name})
         write_template(template_name, template, layout.root)
+        keep_revision(layout.root, config.model, base)
         _make(checkpoint, layout, config, state, findings, report)
-        notes += router_loss(adopted.arguments, base)
+        notes += [*router_loss(adopted.arguments, base), *other_base]
     return describe(replace(adopted, config=config), settings, notes)
 
 
@@ -128,6 +134,25 @@ def _base(adopted: Adopted, named: Path) -> Path:
     raise UsageError(f"the checkpoint has {rows}, and no tokenizer", where=own, hint=hint)
 
 
+def _other_base(adopted: Adopted, base: Path, *, is_named: bool) -> Iterator[str]:
+    """Compare the base of an adapter with the one that Onward recorded, if it wrote the checkpoint.
+
+    Args:
+        is_named: whether the user named it: one that was saved anew has another hash.
+
+    Raises:
+        ModelError: it is another, and nobody asked for it.
+    """
+    if not adopted.adapter or adopted.base_digest in ("", digest_base(base)):
+        return
+    what = "the base model on disk is not the one on which this adapter was trained"
+    if not is_named:
+        start = f"onward init NEW_RUN --model {quoted(base)} --adapter {quoted(adopted.folder.path)}"
+        hint = f"Name the original: --model FOLDER; to start from the adapter's weights on this one: {start}"
+        raise ModelError(what, where=base, hint=hint)
+    yield f"{what} (its files have other hashes); the run is of {base}, as you say"
+
+
 def _load(adopted: Adopted, base: Path) -> tuple[TrainState, Findings, list[str]]:
     """Return the state that the Trainer had, how its model is treated, and notes on its moments."""
     config, folder, device = adopted.config, adopted.folder, pick_device()
@@ -162,9 +187,11 @@ def _make(
     """Make the run's files; the ledger gets its name last, because it makes the directory a run."""
     layout.make()
     if config.model == OWN_BASE:
-        _copy(checkpoint, (*MODEL_FILES, *TOKENIZER_FILES), layout.root / OWN_BASE)
+        _copy(checkpoint, MODEL_FILES, layout.root / OWN_BASE)
+        copy_tokenizer(checkpoint, layout.root / OWN_BASE)
     elif (checkpoint / TOKENIZER_MARK).is_file():  # the one that the checkpoint was trained with
-        _copy(checkpoint, ("config.json", *TOKENIZER_FILES), layout.root / "tokenizer")
+        _copy(checkpoint, ("config.json",), layout.root / "tokenizer")
+        copy_tokenizer(checkpoint, layout.root / "tokenizer")
     final = layout.ledger.resolve()  # a link leads to a disk of this machine
     unfinished = final.with_name(f"{TEMPORARY_PREFIX}{final.name}")
     _remove_unfinished(layout, unfinished)
@@ -202,4 +229,5 @@ def _require_tokenizer(checkpoint: Path, base: Path) -> None:
     if not own and base == checkpoint.resolve():
         hint = "--model BASE names the folder of the model from which it was made, which has one."
         raise UsageError("the checkpoint has no tokenizer", where=checkpoint, hint=hint)
-    load_tokenizer(checkpoint if own else base)
+    folder = checkpoint if own else base
+    end_token(load_tokenizer_of(folder), folder)

@@ -37,6 +37,7 @@ class Adopted:
         schedule: the Trainer's; None for a checkpoint of Onward's own, which records more.
         sources: config values by their source.
         adapter: the adapter's config; empty for a full model.
+        base_digest: that of the base, if Onward wrote the checkpoint.
     """
 
     folder: TrainerFolder
@@ -46,6 +47,13 @@ class Adopted:
     schedule: TrainerSchedule | None
     sources: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     adapter: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    base_digest: str = ""
+
+    @property
+    def revision(self) -> str | None:
+        """The revision of its base on the hub that an adapter names, if the run's base is the one that it names."""
+        is_its_own = self.config.model == self.adapter.get("base_model_name_or_path")
+        return self.adapter.get("revision") if is_its_own else None
 
 
 def read_adopted(checkpoint: Path, model: str | None, settings: Mapping[str, Any], *, fresh: bool) -> Adopted:
@@ -78,7 +86,8 @@ def read_adopted(checkpoint: Path, model: str | None, settings: Mapping[str, Any
         sources[WHOLE_MODEL] = {"method": "full"}  # it is its own base
     named = adapter.get("base_model_name_or_path") if adapter else str(checkpoint.absolute())
     config = _merge(sources, model or named or "", settings, checkpoint)
-    return Adopted(folder, config, arguments, moments, schedule, sources, adapter)
+    digest = manifest.base["digest"] if manifest else ""
+    return Adopted(folder, config, arguments, moments, schedule, sources, adapter, digest)
 
 
 def _merge(sources: Mapping[str, Mapping[str, Any]], model: str, settings: Mapping[str, Any], where: Path) -> Config:

@@ -22,7 +22,7 @@ from onward.service.state.reading import verified_point
 from onward.service.state.retention import Retention
 from onward.service.state.rollback import move_ledger_back, undone
 from onward.service.state.settle import Settlement
-from onward.store.files import HELD
+from onward.store.files import BEGUN_STATES, HELD
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
 from onward.training.model.base import OWN_ADAPTER, OWN_BASE
@@ -79,6 +79,8 @@ def _link_parts(layout: RunLayout, copy: RunLayout) -> None:
     tokenizer = layout.cache / "tokenizer"
     if tokenizer.is_dir():
         shutil.copytree(tokenizer, copy.cache / "tokenizer")
+    if layout.base_revision.is_file():
+        shutil.copyfile(layout.base_revision, copy.base_revision)
     for folder in entries(layout.tokens):
         with contextlib.suppress(OSError):  # removed meanwhile: recreated if needed
             link_tree(folder, copy.tokens / folder.name)
@@ -90,6 +92,7 @@ def _link(source: str, target: str) -> None:
 
 def _write_config(layout: RunLayout, copy: RunLayout, config: Config) -> None:
     plain = config.model_copy(update={name: Config.model_fields[name].default for name in UNTOLD})
+    plain = plain.asking([str((layout.root / file).absolute()) for file in config.evaluation.files])
     template = read_template(config.chat_template, layout.root)
     if template is not None:
         write_template(config.chat_template, template, copy.root)
@@ -113,15 +116,8 @@ def _go_back(copy: RunLayout, ledger: Ledger, step: int) -> None:
     point = verified_point(copy.boundary(step))
     for row in ledger.files("arriving"):
         ledger.move_file(row.id, "skipped")
-    position = _position(ledger, step)
-    begun = [row for row in ledger.files("training", "done") if row.place > position]
-    waiting = [row for row in ledger.files("queued") if row.id not in {other.id for other in begun}]
-    moves = undone(begun, queued_after=position, with_config=True) + undone(waiting)
+    position = point.cursor.position
+    begun = [row for row in ledger.in_stream(position) if row.state in BEGUN_STATES]
+    moves = undone(begun, queued_after=position, with_config=True) + undone(ledger.files("queued"))
     move_ledger_back(ledger, step, moves, f"a copy that begins at step {step}")
     Settlement(copy, ledger, Retention(len(begun) + 1, 0)).go_to(point)
-
-
-def _position(ledger: Ledger, step: int) -> int:
-    """Return the position of the newest file that was done by a step; 0 before the first."""
-    places = [row.place for row in ledger.files("done") if row.first_step + (row.planned_steps or 0) <= step]
-    return max(places, default=0)

@@ -6,8 +6,7 @@ They are made once, before the ledger, which records them: no later change of th
 from __future__ import annotations
 
 import importlib
-import shutil
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +15,10 @@ from onward.atomic import TEMPORARY_PREFIX, fsync_file, publish_directory, remov
 from onward.config import Config
 from onward.errors import ConfigError, DamagedState, UsageError
 from onward.layout import RunLayout, typed_path
+from onward.service.tokenizer import copy_tokenizer
 from onward.store.ledger import Ledger
 from onward.text import how_many
-from onward.training.model.base import OWN_ADAPTER, OWN_BASE, TOKENIZER_FILES, TOKENIZER_MARK
+from onward.training.model.base import OWN_ADAPTER, OWN_BASE, TOKENIZER_MARK
 
 if TYPE_CHECKING:
     from onward.training.model.start_adapter import StartAdapter
@@ -54,6 +54,11 @@ class OwnParts:
         """Return the folder with the tokenizer: the adapter's, if it brought one, else the base's."""
         folder = self._layout.tokenizer(base) if self._start is None else self._start.folder
         return folder if (folder / TOKENIZER_MARK).is_file() else self._layout.tokenizer(base)
+
+    @property
+    def revision(self) -> str | None:
+        """The revision of its base on the hub that the adapter names, if the run's base is the one that it names."""
+        return self._start.revision if self._start is not None and self._start.base == self.config.model else None
 
     def require_possible(self, base: Path) -> None:
         """Refuse parts that cannot be made, before anything is made.
@@ -118,7 +123,7 @@ class OwnParts:
         if tokenizer == start.folder:
             remove_tree(self._layout.root / "tokenizer")
             with self._publishing("tokenizer") as folder:
-                _copy(start.folder, TOKENIZER_FILES, folder)
+                copy_tokenizer(start.folder, folder)
 
     @contextmanager
     def made_or_nothing(self) -> Generator[None]:
@@ -199,9 +204,3 @@ def _with_start(config: Config, start: StartAdapter) -> Config:
     from onward.training.model.start_adapter import with_start_adapter
 
     return with_start_adapter(config, start)
-
-
-def _copy(source: Path, names: Iterable[str], target: Path) -> None:
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)

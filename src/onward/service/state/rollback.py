@@ -49,7 +49,7 @@ def rollback(layout: RunLayout, ledger: Ledger, to: str, *, requeue: bool) -> di
     """
     step = find_step(ledger, to, Ownership(layout, ledger).restore_steps())
     position = _restore_point(layout, step).cursor.position
-    later = [row for row in ledger.files(*HELD) if (row.position or 0) > position]
+    later = ledger.in_stream(after=position)
     what = f"went back to step {step}; undone: {_names(later)}"
     go_back(layout, ledger, step, undone(later, queued_after=position if requeue else None), what)
     return {"global_step": step, "undone": [row.name for row in later]}

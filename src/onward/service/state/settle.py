@@ -99,9 +99,12 @@ class Settlement:
         step = self.ledger.get("going_back")
         if step is None:
             return
-        point = None if step == TO_NOTHING else inspect_checkpoint(self.layout.boundary(step))
-        if point is None or point.verified is not None:
-            self.go_to(None if point is None else point.verified)
+        if step == TO_NOTHING:
+            self.go_to(None)
+            return
+        point = inspect_checkpoint(self.layout.boundary(step))
+        if point.verified is not None:
+            self.go_to(point.verified)
             return
         self._leave_only_older(step, point.problems)  # damaged meanwhile
         self.ledger.put(going_back=None)

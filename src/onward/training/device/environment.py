@@ -211,6 +211,13 @@ def same_environment(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return all(one.get(key) == other.get(key) for key in (one.keys() | other.keys()) - unsaid)
 
 
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Return in words what keeps two environments from being the same, with the other's value as that of here."""
+    apart = [key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)]
+    said = [key for key in apart if key not in LATER_FACTS or (key in one and key in other)]
+    return ", ".join(f"{key} {one.get(key, 'unknown')} (here {other.get(key, 'unknown')})" for key in said)
+
+
 def promises_bits(environment: Mapping[str, Any]) -> bool:
     """Return whether equal bits are promised in an environment at all.
 

@@ -137,7 +137,8 @@ def _require_no_rows(module: nn.Module, attention_mask: torch.Tensor | None) -> 
             f"in transformers {transformers.__version__} this model does not pass the lengths of its rows to its "
             "attention, so rows would see each other",
             where=type(module).__name__,
-            hint="Nothing was trained. Install the versions in Onward's constraints.txt, then: onward train",
+            hint="Nothing was trained. Install the releases with which the run was made (onward doctor names them), "
+            "then: onward train",
         )
 
 

@@ -7,10 +7,10 @@ changed, no class and no function of transformers.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from functools import cache, partial
-from importlib import metadata
 from types import CellType, FunctionType, MethodType, SimpleNamespace
 from typing import Any, cast
 
@@ -91,7 +91,7 @@ def kernels_version(device: torch.device) -> str:
     none."""
     if not kernels_work(device):
         return ""
-    return f"triton {metadata.version('triton')}"
+    return f"triton {importlib.import_module('triton').__version__}"  # it comes in packages of several names
 
 
 def _epsilon(module: nn.Module) -> float | None:

@@ -10,13 +10,14 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import nn
 from transformers import PreTrainedModel
 
-from onward.errors import ModelError, Unreadable, first_line
+from onward.errors import ConfigError, ModelError, Unreadable, first_line
 from onward.training.device.errors import is_of_the_device
 from onward.training.layers.fused_lora import ADAPTER
 from onward.training.model.base import ADAPTER_CONFIG
@@ -27,6 +28,7 @@ _WORDS = re.compile(r"[\w.]*\w(?:[,\s]+[\w.]*\w)*")
 """One or more names of modules, which may have dots: `q_proj`, `self_attn.q_proj, mlp.up_proj`."""
 MODULES_TO_SAVE = ".modules_to_save."
 """Part of the name of a fully trained module in the model; PEFT's file omits it."""
+_WITHOUT_DROPOUT = "Set lora.dropout: 0 in onward.yaml."
 
 
 def named_targets(targets: str | list[str]) -> str | list[str]:
@@ -85,11 +87,12 @@ def add_adapter(model: PreTrainedModel, adapter: PeftConfig) -> PeftModel:
     except Exception as error:  # PEFT refuses some settings with whatever error its code meets
         if is_of_the_device(error):
             raise
-        raise ModelError(
-            f"the adapter does not fit: {first_line(error)}",
-            where="lora.targets" if "target module" in str(error).lower() else "lora",
-            hint=f"Linear layers of this model: {', '.join(names)}; or all-linear.",
-        ) from None
+        where, hint = "lora", f"Linear layers of this model: {', '.join(names)}; or all-linear."
+        if "target module" in str(error).lower():
+            where = "lora.targets"
+        elif "lora_dropout" in str(error):
+            where, hint = "lora.dropout", _WITHOUT_DROPOUT
+        raise ModelError(f"the adapter does not fit: {first_line(error)}", where=where, hint=hint) from None
     for part in adapted.modules():
         if isinstance(part, ModulesToSaveWrapper):  # `bias: all` would train a bias that is never used
             part.original_module.requires_grad_(False)
@@ -155,6 +158,20 @@ def head_weight(head: nn.Module) -> torch.Tensor | None:
         head = cast(Any, head.modules_to_save)[ADAPTER]
     plain = head.original_module if type(head) is TrainableTokensWrapper else head
     return cast(Any, head).weight if type(plain) is nn.Linear and cast(Any, plain).bias is None else None
+
+
+def require_droppable(model: nn.Module, probability: float) -> None:
+    """Refuse dropout where PEFT does: it would not load what was saved.
+
+    Raises:
+        ConfigError: the adapter covers experts that are stored as one tensor.
+    """
+    if probability and any(isinstance(part, ParamWrapper) for part in model.modules()):
+        raise ConfigError(
+            f"lora.dropout is {probability}, but adapters of experts that are stored as one tensor cannot have dropout",
+            where="lora.dropout",
+            hint=_WITHOUT_DROPOUT,
+        )
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:

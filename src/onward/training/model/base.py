@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
 
+from onward.atomic import replace_file
 from onward.config import Config
 from onward.digest import sha256_json, xxh3_file
 from onward.errors import ModelError, first_line
-from onward.layout import typed_path
+from onward.layout import RunLayout, typed_path
 from onward.text import quoted
 from onward.training.model.embedded import EMBEDDED, cache_directory, ensure_embedded, find_embedded
 
@@ -36,13 +39,19 @@ COMPLETE = "A model folder has config.json, *.safetensors and a tokenizer, as sa
 
 
 def resolve_base(
-    name: str, *, root: Path | None = None, download: bool = False, report: Callable[[str], None] = print
+    name: str,
+    *,
+    root: Path | None = None,
+    revision: str | None = None,
+    download: bool = False,
+    report: Callable[[str], None] = print,
 ) -> Path:
     """Return the folder of a base model: an embedded one, a path, or a Hugging Face name.
 
     Args:
         name: value of the config's `model`.
         root: the run's directory, in which a relative path is looked up first.
+        revision: which revision a Hugging Face name means; None for the newest that is known here.
         download: whether a name that is not in the local cache may be downloaded.
         report: receives a line when something takes long.
 
@@ -65,14 +74,15 @@ def resolve_base(
             where="model",
             hint=f"Name a folder with config.json, a Hugging Face name such as org/name, or {', '.join(EMBEDDED)}.",
         )
-    return _from_hub(name, download=download, report=report)
+    return _from_hub(name, revision, download=download, report=report)
 
 
 def base_of_run(root: Path, name: str, report: Callable[[str], None] = lambda _: None) -> Path:
     """Return the folder of a run's base model.
 
     Earlier releases stored the absolute path of a base inside the run's own directory. If there is nothing left at that
-    path, the run was moved, and its own `base/` is meant; the digest shows whether it is the same.
+    path, the run was moved, and its own `base/` is meant; the digest shows whether it is the same. A Hugging Face name
+    means the revision that the run is known to be of, as long as the cache has it.
 
     Args:
         root: the run's directory.
@@ -85,7 +95,41 @@ def base_of_run(root: Path, name: str, report: Callable[[str], None] = lambda _:
     was_moved = stored.is_absolute() and stored.name == OWN_BASE and not stored.exists()
     if was_moved and (own / "config.json").is_file():
         return own.resolve()
-    return resolve_base(name, root=root, report=report)
+    return _known_revision(root, name) or resolve_base(name, root=root, report=report)
+
+
+def keep_revision(root: Path, name: str, folder: Path) -> None:
+    """Remember in which folder of the hub's cache a run's base model is.
+
+    The cache moves a name on to the next revision whenever any program asks for it, be it for one file of it.
+
+    Args:
+        root: the run's directory.
+        name: value of the config's `model`; if it is not a Hugging Face name, nothing is kept.
+        folder: what the name was resolved to.
+    """
+    if name in EMBEDDED or find_here(name, root=root) is not None or _known_revision(root, name) == folder:
+        return
+    path = RunLayout(root).base_revision
+    with contextlib.suppress(OSError):  # the disk is full, or this user may only read the run: it is kept another time
+        path.parent.mkdir(exist_ok=True)
+        replace_file(path, json.dumps({"model": name, "folder": str(folder)}).encode())
+
+
+def revision_of(folder: Path) -> str | None:
+    """Return the hub's revision that a folder of its cache holds; None for any other folder."""
+    is_cached = folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name)
+    return folder.name if is_cached else None
+
+
+def _known_revision(root: Path, name: str) -> Path | None:
+    """Return the folder that was kept for a Hugging Face name; None if there is none, or no longer a model in it."""
+    try:
+        kept = json.loads(RunLayout(root).base_revision.read_bytes())
+        folder = Path(kept["folder"]) if kept["model"] == name else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return folder if folder is not None and find_here(name, root=root) is None and _has_weights(folder) else None
 
 
 def is_own_base(root: Path, folder: Path) -> bool:
@@ -106,26 +150,50 @@ def find_here(name: str, *, root: Path | None = None) -> Path | None:
     return next((place.resolve() for place in places if (place / "config.json").is_file()), None)
 
 
-def _from_hub(name: str, *, download: bool, report: Callable[[str], None]) -> Path:
+def _from_hub(name: str, revision: str | None, *, download: bool, report: Callable[[str], None]) -> Path:
+    """Return the folder of a model in the hub's cache, which may hold a part of it: programs fetch single files."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+        found = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError, OSError):
-        if not download:
-            hint = f"Only init and adopt download: onward init NEW_RUN --model {quoted(name)}"
-            raise ModelError(f"the model {name!r} is not in the local cache", where="model", hint=hint) from None
+        found = None
+    usable = found if found is not None and _has_weights(found) else None
+    if usable is not None and (not download or any((usable / file).is_file() for file in TOKENIZER)):
+        return usable
+    if not download:
+        part = "is not in the local cache" if found is None else "is in the local cache only in part, without weights"
+        hint = f"Only init and adopt download: onward init NEW_RUN --model {quoted(name)}"
+        raise ModelError(f"the model {name!r} {part}", where="model", hint=hint)
     report(f"downloading {name}")
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        found = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        if usable is not None:
+            return usable
         raise ModelError(
             f"the model {name!r} cannot be downloaded: {first_line(error)}",
             where="model",
             hint="Check the name and the network, or give a folder: --model PATH",
         ) from None
+    if not _has_weights(found):
+        copy = f"hf download {quoted(name)} --local-dir FOLDER; then: --model FOLDER"
+        raise ModelError(
+            f"the model {name!r} has no *.safetensors here", where=found,
+            hint=f"Unset HF_HUB_OFFLINE, if it is set. If the hub has its weights only as pytorch_model.bin: {copy}",
+        )  # fmt: skip
+    return found
+
+
+def _has_weights(folder: Path) -> bool:
+    """Return whether a folder has files of weights, and all of those that its index names."""
+    index = folder / "model.safetensors.index.json"
+    names = _indexed(index) if index.is_file() else set[str]()
+    if names:
+        return all((folder / name).is_file() for name in names)
+    return any(path.is_file() for pattern in WEIGHTS[:2] for path in folder.glob(pattern))
 
 
 def with_stored_path(config: Config, base: Path, root: Path) -> Config:

@@ -183,7 +183,7 @@ def load_model(folder: Path, base: Path, device: torch.device, dtype: torch.dtyp
     if not has_adapter:
         return model
     with quiet(), seeded(0, device):
-        adapted = add_adapter(model, saved_adapter_config(folder))
+        adapted = add_adapter(model, saved_adapter_config(folder, dropout=0.0))
         load_adapter(adapted, folder)
     wrap_experts(adapted)
     return adapted.to(device=device, dtype=dtype).requires_grad_(False).eval()

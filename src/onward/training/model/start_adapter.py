@@ -26,11 +26,12 @@ from onward.training.model.quiet import one_load, quiet
 
 @dataclass(frozen=True)
 class StartAdapter:
-    """An adapter's folder, and its config as config keys of `lora`."""
+    """An adapter's folder, the base that it names, with its revision, and its config as config keys of `lora`."""
 
     folder: Path
     base: str
     lora: dict[str, Any]
+    revision: str | None = None
 
 
 def read_start_adapter(folder: Path) -> StartAdapter:
@@ -48,7 +49,7 @@ def read_start_adapter(folder: Path) -> StartAdapter:
     default = LoraConfig().model_dump(mode="json")
     shape = {_name_of(key): value for key, value in adapter_settings(values).items()}
     lora = {name: shape.get(name, default[name]) for name in map(_name_of, KEYS.values())}
-    return StartAdapter(folder, str(values.get("base_model_name_or_path") or ""), lora)
+    return StartAdapter(folder, str(values.get("base_model_name_or_path") or ""), lora, values.get("revision"))
 
 
 def _name_of(key: str) -> str:

@@ -35,7 +35,9 @@ from onward.training.model.base import (
     base_of_run,
     digest_base,
     is_own_base,
+    revision_of,
 )
+from onward.views.chat.prompts import Prompts
 from onward.views.export import gguf
 from onward.views.export.card import BaseFacts, base_facts, copy_card, verify_now, write_card
 from onward.views.export.merged import write_merged
@@ -201,7 +203,7 @@ class _Writing:
         with system_errors(folder):
             save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         values = json.loads((self._point.folder / ADAPTER_CONFIG).read_bytes())
-        values["base_model_name_or_path"] = self._facts.name
+        values |= {"base_model_name_or_path": self._facts.name, "revision": revision_of(self._base)}
         (folder / ADAPTER_CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         self._copy_tokenizer(folder)
         self._report(f"the adapter of {self._point.label}; its base is {self._facts.name}")
@@ -214,7 +216,8 @@ class _Writing:
         return {"Fits": "only the run's own model, in its folder `base/`: on any other it is another model"}
 
     def _write_merged(self, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-        merging = write_merged(self._point.folder, self._base, dtype, folder)
+        stop_ids = Prompts(self._tokenizer).stop_ids
+        merging = write_merged(self._point.folder, self._base, dtype, folder, stop_ids)
         self._copy_tokenizer(folder)
         name = str(dtype).removeprefix("torch.")
         self._report(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -38,7 +39,9 @@ class Merging:
     largest: float
 
 
-def write_merged(checkpoint: Path, base: Path, dtype: torch.dtype, target: Path) -> Merging:
+def write_merged(
+    checkpoint: Path, base: Path, dtype: torch.dtype, target: Path, stop_ids: Sequence[int] = ()
+) -> Merging:
     """Write the model of a checkpoint, its adapter merged into a freshly loaded base, and prove it.
 
     Args:
@@ -46,6 +49,7 @@ def write_merged(checkpoint: Path, base: Path, dtype: torch.dtype, target: Path)
         base: the base of an adapter; it is loaded as it is, even if training quantizes it.
         dtype: type of the weights that are written.
         target: folder to write into.
+        stop_ids: ids of the tokens at which an answer ends; who generates with the model stops there too.
 
     Raises:
         VerificationFailed: the merged model, or what was written, computes something else.
@@ -57,6 +61,8 @@ def write_merged(checkpoint: Path, base: Path, dtype: torch.dtype, target: Path)
         whole = cast(PreTrainedModel, cast(Any, model).merge_and_unload() if isinstance(model, PeftModel) else model)
     largest = float(expected.abs().max())
     merged = _require_equal(expected, _logits(whole, tokens), TOLERANCE * largest, "the merged model")
+    _let_stop(whole, stop_ids)
+    _tell_untied(whole)
     weights = {name: weight.to(dtype) for name, weight in whole.state_dict().items() if weight.is_floating_point()}
     _write(whole, dtype, target)
     del model, whole
@@ -66,6 +72,26 @@ def write_merged(checkpoint: Path, base: Path, dtype: torch.dtype, target: Path)
             raise VerificationFailed(f"weight {name} was not written as it is", where=target)
     written = float((_logits(back.float(), tokens) - expected).abs().max())
     return Merging(merged, written, largest)
+
+
+def _let_stop(model: PreTrainedModel, stop_ids: Sequence[int]) -> None:
+    """Add ids to those at which generation ends: a base ends texts, and often not the turns of a chat."""
+    generation: Any = model.generation_config
+    if generation is None:
+        return
+    own: int | list[int] | None = generation.eos_token_id
+    known = own if isinstance(own, list) else [] if own is None else [own]
+    if not set(stop_ids) <= set(known):
+        generation.eos_token_id = list(dict.fromkeys([*known, *stop_ids]))
+
+
+def _tell_untied(model: PreTrainedModel) -> None:
+    """Correct a config that ties embedding and head though its files have two: other programs follow the config."""
+    config: Any = model.config.get_text_config()
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    if config.tie_word_embeddings and head is not None and head.weight is not embedding.weight:
+        config.tie_word_embeddings = model.config.tie_word_embeddings = torch.equal(head.weight, embedding.weight)
 
 
 def _write(model: PreTrainedModel, dtype: torch.dtype, target: Path) -> None:

@@ -14,7 +14,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from onward import startup
 from onward.errors import OnwardError, first_line
@@ -31,10 +31,13 @@ class Answering:
 
     `{"cancel": ID}` ends an answer early. The output is pieces `{"id", "text"}`, and finally `{"id", "done"}` or
     `{"id", "error"}`.
+
+    Args:
+        out: receives the output.
     """
 
-    def __init__(self, layout: RunLayout) -> None:
-        self._layout = layout
+    def __init__(self, layout: RunLayout, out: IO[str]) -> None:
+        self._layout, self._out = layout, out
         self._engines: OrderedDict[str | None, tuple[Any, Any]] = OrderedDict()
         self._replies: dict[int, Any] = {}
         self._writing = threading.Lock()
@@ -106,17 +109,25 @@ class Answering:
 
     def _tell(self, value: dict[str, Any]) -> None:
         with self._writing:
-            sys.stdout.write(json.dumps(value) + "\n")
-            sys.stdout.flush()
+            self._out.write(json.dumps(value) + "\n")
+            self._out.flush()
+
+
+def own_output() -> IO[str]:
+    """Return what is standard output, and let whatever a library prints there go to standard error from now on."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return out
 
 
 def main() -> None:
     """Answer questions about the run that the first argument names."""
+    out = own_output()
     startup.set_environment()
     os.nice(max(0, NICENESS - os.nice(0)))  # before any thread starts: each keeps the niceness it started with
     with startup.large_imports():
         importlib.import_module("onward.views.chat.engine")
-    Answering(RunLayout(Path(sys.argv[1]))).run(sys.stdin)
+    Answering(RunLayout(Path(sys.argv[1])), out).run(sys.stdin)
 
 
 if __name__ == "__main__":

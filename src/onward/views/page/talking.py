@@ -103,13 +103,16 @@ class Talker:
             return self._process, self._askers
 
     async def _read(self, process: asyncio.subprocess.Process, askers: Askers) -> None:
-        """Pass each line to the one who asked, and the end of the process to everybody."""
+        """Pass each line to the one who asked, and the end of the process to everybody; what it says must be JSON."""
         assert process.stdout is not None
-        while line := await process.stdout.readline():
-            answer = json.loads(line)
-            queue = askers.get(answer.pop("id"))
-            if queue is not None:
-                queue.put_nowait(answer)
+        with contextlib.suppress(ValueError):
+            while line := await process.stdout.readline():
+                answer = json.loads(line)
+                queue = askers.get(answer.pop("id"))
+                if queue is not None:
+                    queue.put_nowait(answer)
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
         await process.wait()  # a question from now on starts another process
         for queue in askers.values():
             queue.put_nowait(None)

@@ -126,7 +126,7 @@ class Feed:
 
     def _point(self, cursor: TrackerRow, row: FileRow, record: StepRecord) -> Point:
         values = _values(row, record)
-        if record.step == row.first_step + (row.planned_steps or 0):
+        if record.step == row.last_step:
             results = self._ledger.boundary_results(row.id)
             values |= {name: value for key, inner in results.items() for name, value in _numbers(key, inner)}
         time = self._ledger.step_time(record) or row.finished or row.arrived

@@ -105,7 +105,8 @@ class Measuring:
         if not (config.evaluation.share or judge):
             return
         with self._showing("tokenizing"):
-            evaluation.require_questions(config)
+            if config.evaluation.share:
+                evaluation.require_questions(config)
             place = (state.cursor.position + 1, state.step)
             measure = partial(evaluation.before, state.model, row, config, tokens, place)
             results |= self._or_nothing(BEFORE, state.step, measure)
@@ -137,7 +138,7 @@ class Measuring:
         return row
 
     @contextmanager
-    def _showing(self, after: Any) -> Generator[None]:
+    def _showing(self, after: str) -> Generator[None]:
         self._shown.set("evaluating")
         try:
             yield

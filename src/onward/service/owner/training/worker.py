@@ -35,6 +35,7 @@ from onward.store.rows import FileRow
 from onward.text import how_many
 from onward.training.boundary import cross_boundary
 from onward.training.device.memory import gpu_is_crowded
+from onward.training.model.adapter import require_droppable
 from onward.training.schedule import require_horizon, require_unstretched
 from onward.training.steps.economy import Learned
 from onward.training.trainer import Trainer
@@ -162,6 +163,7 @@ class Worker:
             return stored_config(self.ledger.config_of(row))
         config = self.around.settings.read()
         session.check(config)
+        require_droppable(self.state.model, config.lora.dropout)
         if row.parts is not None:
             config = config.model_copy(update={"gradient_accumulation": row.parts})
         return with_part_tokens(session, self.state, config, self._learned)

@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator
 
 from onward.errors import OnwardError, UsageError
 from onward.layout import RunLayout
-from onward.service.proof.doctor import machine, model, process, state
+from onward.service.proof.doctor import machine, model, process, state, versions
 from onward.service.proof.doctor.finding import Finding
 from onward.store.ledger import Ledger
 
 
 def examine(layout: RunLayout) -> list[Finding]:
     """Check the machine and, if there is one, the run in `layout`."""
-    findings = [*machine.check_device(), *machine.check_threads()]
+    findings = [*versions.check_versions(), *machine.check_device(), *machine.check_threads()]
     try:
         layout.require()
         _require_ledger(layout)
@@ -28,6 +28,7 @@ def examine(layout: RunLayout) -> list[Finding]:
         ("identity", model.check_identity),
         ("base model", model.check_base),
         ("model", model.check_admission),
+        ("versions", versions.check_last_versions),
         ("memory", machine.check_memory),
         ("ledger", state.check_ledger),
         ("ledger's disk", machine.check_ledger_disk),
