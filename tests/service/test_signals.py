@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from runs import new_run
 from states import assert_same_state, temporary_files
 
 from onward import Run
+from onward.cli.entry import status_of_command
 from onward.service.wishes import Stopped, Wishes
 from onward.startup import ENDINGS, Ended, endings_interrupt
 
@@ -275,3 +277,16 @@ def test_signals_that_are_ignored_or_handled_are_left_alone() -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_a_signal_while_an_error_is_put_into_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A command that is ending with a refusal ends with a line, not a traceback."""
+    monkeypatch.setattr(sys, "argv", ["onward", "status", "--run", str(tmp_path)])
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        assert 1 == status_of_command(lambda _: signal.raise_signal(signal.SIGTERM))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "ended by SIGTERM; what was committed is safe\n" == capsys.readouterr().err.splitlines(keepends=True)[-1]

@@ -115,6 +115,7 @@ def test_wrong_uses_are_refused(layout: RunLayout, tmp_path: Path) -> None:
     """Two formats at once, an interval below 1, a place that cannot be written, a directory without a run."""
     for one, other in itertools.combinations(("--csv", "--json", "--parquet"), 2):
         assert_refused(onward("metrics", one, other, "--run", layout.root), 2, "only one format can be given")
+    assert_refused(onward("grid", "--csv", "--json", "--run", layout.root), 2, "only one format can be given")
     assert 2 == onward("metrics", "--every", 0, "--run", layout.root).status
     for words in (("metrics", "-o"), ("metrics", "--json", "-o"), ("metrics", "--parquet", "-o"), ("grid", "--svg")):
         assert_refused(onward(*words, tmp_path / "no" / "x", "--run", layout.root), 2, "cannot write it", "no/x")

@@ -39,7 +39,10 @@ def test_a_name_of_this_machine_is_not_taken_for_an_address(monkeypatch: pytest.
             assert f"http://my-laptop:{listening.getsockname()[1]}" == url_of("my-laptop", listening)
 
 
-@pytest.mark.parametrize(("host", "words"), [("no.such.host.invalid", "no such host"), ("192.0.2.1", "cannot listen")])
+@pytest.mark.parametrize(
+    ("host", "words"),
+    [("no.such.host.invalid", "no such host"), ("192.0.2.1", "(?s)cannot listen.*an address of this machine")],
+)
 def test_where_no_server_can_listen_is_refused(host: str, words: str) -> None:
     """A name that nobody knows, and an address of another machine."""
     with pytest.raises(UsageError, match=words) as refused:

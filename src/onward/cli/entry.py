@@ -42,7 +42,10 @@ def status_of_command(seen: Callable[[OnwardError], None] = lambda _: None) -> i
     open_standard_streams()
     try:
         with startup.endings_interrupt() as came:
-            return _status_of(came, seen)
+            try:
+                return _status_of(came, seen)
+            except KeyboardInterrupt:  # it came while an error was put into words
+                return _interrupted(came)
     finally:
         give_up_unwritten()
 

@@ -62,8 +62,11 @@ def read_config(path: Path) -> Config:
     return parse_config(values, where=path)
 
 
-def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
+def parse_settings(settings: Iterable[str], where: str = "--set") -> dict[str, Any]:
     """Turn `KEY=VALUE` words into a flat mapping; values are read as YAML.
+
+    Args:
+        where: the option or argument that they were given with.
 
     Raises:
         ConfigError: a word without `=`, an unknown key, or a value that is not YAML.
@@ -72,13 +75,14 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
     for setting in settings:
         key, separator, text = setting.partition("=")
         if not separator or not key.strip():
-            raise ConfigError(f"{setting!r} is not KEY=VALUE", where="--set", hint="For instance: --set lora.rank=8")
+            hint = f"For instance: {'--set lora.rank' if where == '--set' else 'batch_size'}=8"
+            raise ConfigError(f"{setting!r} is not KEY=VALUE", where=where, hint=hint)
         try:
             values[key.strip()] = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError, RecursionError):
             hint = "Values are YAML: a number, a word, or a list such as [q_proj, v_proj]."
-            raise ConfigError(f"the value of {key} cannot be read: {text!r}", where="--set", hint=hint) from None
-    _nested(values, "--set")
+            raise ConfigError(f"the value of {key} cannot be read: {text!r}", where=where, hint=hint) from None
+    _nested(values, where)
     return values
 
 

@@ -140,7 +140,7 @@ def parse_variants(texts: Sequence[str]) -> list[Variant]:
         ConfigError: a key is unknown, or does not change how files are trained from the next boundary on.
         UsageError: there are fewer than two, or two are equal.
     """
-    variants = [Variant(text, parse_settings(part.strip() for part in text.split(";"))) for text in texts]
+    variants = [Variant(text, parse_settings((part.strip() for part in text.split(";")), "SETTING")) for text in texts]
     if len({sha256_json(dict(variant.settings)) for variant in variants}) < max(2, len(variants)):
         hint = "For instance: onward compare boundary=carry boundary=reset_moments"
         raise UsageError("give at least two different settings to compare", where="SETTING", hint=hint)

@@ -10,7 +10,7 @@ import typer
 from onward import startup
 from onward.cli.options import JsonOption, RunOption
 from onward.cli.output import show
-from onward.errors import cannot_write
+from onward.errors import UsageError, cannot_write
 from onward.layout import RunLayout
 from onward.terminal import say, show_line
 from onward.text import quoted
@@ -29,6 +29,8 @@ def grid(
     from onward.status import read_grid
     from onward.views.grid import grid_csv, grid_lines, grid_svg
 
+    if as_csv and as_json:
+        raise UsageError("only one format can be given", where="--csv, --json")
     found = read_grid(RunLayout(run))
     if svg is not None:
         try:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import socket
 
 from onward.errors import UsageError
 
 BACKLOG = 128
+_HINTS = {
+    errno.EADDRNOTAVAIL: "Name an address of this machine: --host 127.0.0.1, or 0.0.0.0 for all of them.",
+    errno.EACCES: "Ports below 1024 are reserved; --port 0 takes any that is free.",
+}
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -16,7 +21,7 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         UsageError: there is no such host, it is not this machine, or the port is taken.
     """
-    where, hint = f"{host}:{port}", "--port 0 takes any that is free."
+    where = f"{host}:{port}"
     try:
         family, kind, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except (OSError, UnicodeError) as error:  # the latter of a name that no name server takes
@@ -28,6 +33,7 @@ def listen(host: str, port: int) -> socket.socket:
         listening.listen(BACKLOG)
     except OSError as error:
         listening.close()
+        hint = _HINTS.get(error.errno or 0, "--port 0 takes any that is free.")
         raise UsageError(f"a server cannot listen there: {error.strerror or error}", where=where, hint=hint) from None
     return listening
 
