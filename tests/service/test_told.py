@@ -205,7 +205,7 @@ def test_a_night_with_a_full_disk_is_told_a_few_times() -> None:
         record=lambda _level, problem, _kind: told.append(problem.split("(failure ")[1].split(" ")[0]),
         wishes=SimpleNamespace(pending=True),  # so that nothing is waited for
     )
-    recovery = Recovery(owned)
+    recovery = Recovery(owned, None)
     for left in range(20):
         full = NoSpace(f"no room: {left} MB are left") if left != 10 else OSError(errno.EDQUOT, "Disk quota exceeded")
         recovery.outlive(full, full=True)

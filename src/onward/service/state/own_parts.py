@@ -15,7 +15,6 @@ from onward.atomic import TEMPORARY_PREFIX, fsync_file, publish_directory, remov
 from onward.config import Config
 from onward.errors import ConfigError, DamagedState, UsageError
 from onward.layout import RunLayout, typed_path
-from onward.service.tokenizer import copy_tokenizer
 from onward.store.ledger import Ledger
 from onward.text import how_many
 from onward.training.model.base import OWN_ADAPTER, OWN_BASE, TOKENIZER_MARK
@@ -116,6 +115,7 @@ class OwnParts:
         return config.model_copy(update={"model": OWN_BASE, "adapter": OWN_ADAPTER if config.takes_from_base else ""})
 
     def _keep_start(self, start: StartAdapter, tokenizer: Path) -> None:
+        from onward.service.tokenizer import copy_tokenizer
         from onward.training.model.start_adapter import keep_start_adapter
 
         with self._publishing(OWN_ADAPTER) as folder:
