@@ -110,7 +110,7 @@ def as_plain(adapter: Path, folder: Path) -> Path:
     for name, tensor in tensors.items():
         module = _LORA.split(name.removeprefix("base_model.model."))[0]
         rank = tensors[_LORA.sub(lambda found: found[0].replace("_B", "_A"), name)].shape[0]
-        alpha = alphas.get(get_pattern_key(alphas, module), values["lora_alpha"])
+        alpha = alphas.get(get_pattern_key(list(alphas), module), values["lora_alpha"])
         scale = alpha / values["lora_alpha"] * (math.sqrt(rank) if values.get("use_rslora") else 1)
         plain[name] = tensor * scale if name.endswith(("_B", "_B.weight")) else tensor
     save_file(plain, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
