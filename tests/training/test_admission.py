@@ -93,6 +93,14 @@ def test_rows_are_padded_where_they_would_mix(family: str, tmp_path: Path) -> No
     assert found.difference < 1e-5
 
 
+def test_positions_that_half_precision_would_hide(tmp_path: Path) -> None:
+    """Where a model counts positions itself, wrong ones change less than bfloat16 rounds: float32 decides."""
+    asked = config(save(tmp_path, "blenderbot-small"))
+    found = admit(ModelSpec(asked, tmp_path, CPU, torch.bfloat16))
+    assert "padded" == found.rows
+    assert "different gradients" in found.why_padded
+
+
 def test_dropout_that_a_model_asks_its_config_for(tmp_path: Path) -> None:
     """Two ways to compute a row compare without dropout, wherever a model keeps it; the config has it again after."""
     settings = {"hidden_dropout": 0.1, "attention_dropout": 0.2}
