@@ -31,6 +31,7 @@ from onward.training.device.environment import (
     promises_bits,
     require_whole_teams,
     same_environment,
+    without_tf32,
 )
 from onward.training.device.hardware import (
     UNKNOWN,
@@ -235,6 +236,18 @@ def test_settings_of_tf32_are_read_however_they_were_made() -> None:
     owners = {"matmul": SimpleNamespace(allow_tf32=False), "cudnn": Newer()}
     assert "matmul off, cudnn tf32" == tf32(owners)
     assert {"matmul", "cudnn"} == {each.split()[0] for each in tf32().split(", ")}
+
+
+@pytest.mark.parametrize("name", ["allow_tf32", "fp32_precision"])
+def test_products_are_not_rounded_to_tf32_while_that_is_asked_for(name: str) -> None:
+    """In whichever way the user set it, it is as before afterwards, also after an error; on a CPU nothing is set."""
+    rounds, exact = {"allow_tf32": (True, False), "fp32_precision": ("tf32", "ieee")}[name]
+    owners = SimpleNamespace(**{name: rounds}), SimpleNamespace(**{name: exact})
+    with contextlib.suppress(KeyError), without_tf32(torch.device("cuda"), owners):
+        assert [exact, exact] == [getattr(owner, name) for owner in owners]
+        raise KeyError
+    with without_tf32(torch.device("cpu"), owners):
+        assert [rounds, exact] == [getattr(owner, name) for owner in owners]
 
 
 @pytest.mark.parametrize(("setting", "value"), [("dynamic", 1), ("max_active_levels", 0)])

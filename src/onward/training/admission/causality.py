@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from onward.training.admission.inputs import LONG, others, rows, tokens
-from onward.training.device.environment import HALF, autocast
+from onward.training.device.environment import HALF, autocast, without_tf32
 from onward.training.device.memory import read_usage
 
 TOLERANCE = 1e-5
@@ -30,7 +30,8 @@ def as_float32(model: nn.Module) -> Generator[bool]:
     """Let a model compute in float32 in the body, if that fits, and yield whether it does.
 
     It gets its own weights back, but what the body writes into a weight stays there. 4-bit weights stay as they are;
-    what they are multiplied by is no longer rounded, which would make large differences of tiny ones.
+    what they are multiplied by is no longer rounded, which would make large differences of tiny ones. Nor does a GPU
+    round to TF32.
     """
     tensors = [*model.parameters(), *model.buffers()]
     lower = [tensor for tensor in tensors if tensor.dtype in HALF]
@@ -43,7 +44,8 @@ def as_float32(model: nn.Module) -> Generator[bool]:
         for tensor in lower if fits else []:
             own, tensor.data = tensor.data, tensor.data.float()
             changed.append((tensor, own, tensor._version))
-        yield fits
+        with without_tf32(tensors[0].device):
+            yield fits
     finally:
         for part, kind in quantized:
             setattr(part, COMPUTE_TYPE, kind)

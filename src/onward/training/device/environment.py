@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import platform
 import re
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -108,6 +108,32 @@ def deterministic(device: torch.device, *, exact: bool = True) -> Generator[None
         return
     with one_computes, _strictly():
         yield
+
+
+@contextlib.contextmanager
+def without_tf32(device: torch.device, owners: Sequence[Any] | None = None) -> Generator[None]:
+    """Let a GPU compute float32 products in the body as float32, though the user lets it round them to TF32.
+
+    Settings are made in the way in which they can be read: PyTorch refuses the other way afterwards.
+
+    Args:
+        owners: PyTorch's settings; by default those of the process.
+    """
+    owners = owners or (torch.backends.cuda.matmul, torch.backends.cudnn)
+    changed: list[tuple[Any, str, Any]] = []
+    try:
+        for owner in owners if device.type == "cuda" else ():
+            for name, exact in (("allow_tf32", False), ("fp32_precision", "ieee")):
+                with contextlib.suppress(RuntimeError, AttributeError):
+                    before = getattr(owner, name)
+                    if before != exact:
+                        setattr(owner, name, exact)
+                        changed.append((owner, name, before))
+                    break
+        yield
+    finally:
+        for owner, name, before in changed:
+            setattr(owner, name, before)
 
 
 @contextlib.contextmanager
