@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -9,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -174,6 +176,36 @@ def test_steps_that_others_replaced_are_drawn_anew(tmp_path: Path) -> None:
     metrics.close()
     assert ("changed", ["curve"]) in watcher.look()
     assert [] == [message for message in watcher.look() if message[0] != "status"]
+
+
+def test_a_look_under_way_ends_before_its_ledger_is_closed(made: RunLayout) -> None:
+    """Closed under a thread that reads it, SQLite's connection ends the process."""
+    looks, ends, order = threading.Event(), threading.Event(), list[str]()
+
+    class Slow(Watcher):
+        def _changes(self, ledger: Ledger) -> Any:
+            looks.set()
+            ends.wait(30)
+            found = super()._changes(ledger)
+            order.append("looked")
+            return found
+
+        def _close(self) -> None:
+            ends.set()
+            super()._close()
+            order.append("closed")
+
+    async def follow_and_end() -> None:
+        watcher = Slow(RunReader(made))
+        followed = watcher.follow()
+        assert "status" == (await anext(followed)).event
+        waiting = asyncio.create_task(anext(followed))
+        await asyncio.to_thread(looks.wait, 30)
+        await watcher.end()
+        waiting.cancel()
+
+    asyncio.run(follow_and_end())
+    assert ["looked", "closed"] == order
 
 
 QUERIES = ("metrics", "curve", "rows", "status", "history", "events", "overview", "grid")

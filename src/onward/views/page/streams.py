@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sqlite3
+import threading
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -60,6 +61,8 @@ class Watcher:
         self._followers: set[asyncio.Queue[ServerSentEvent]] = set()
         self._task: asyncio.Task[None] | None = None
         self._ledger: Ledger | None = None
+        self._using = threading.RLock()
+        """Held while the ledger is read or closed: a look goes on in its thread when its task is cancelled."""
         self._seen = Seen()
 
     @property
@@ -87,7 +90,7 @@ class Watcher:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
-        self._close()
+        await to_thread.run_sync(self._close)
 
     async def _run(self) -> None:
         self._seen = await to_thread.run_sync(self._begin)
@@ -114,7 +117,7 @@ class Watcher:
     def _begin(self) -> Seen:
         """Return the state when the first browser comes, which loads everything so far by itself."""
         seen = Seen()
-        with contextlib.suppress(OnwardError, sqlite3.Error, OSError):
+        with self._using, contextlib.suppress(OnwardError, sqlite3.Error, OSError):
             ledger = self._opened()
             seen.newest = next(reversed(ledger.spans(ledger.last_done() - 1)), None)
             seen.files, seen.around = ledger.files_mark(), self._around(ledger)
@@ -122,12 +125,12 @@ class Watcher:
 
     def look(self) -> list[Message]:
         """Return what changed since the last look; if a run cannot be read, report that and try again later."""
-        try:
-            ledger = self._opened()
-            return self._changes(ledger)
-        except (OnwardError, sqlite3.Error, OSError) as error:
-            self._close()
-            return [("trouble", {"error": str(error)})]
+        with self._using:
+            try:
+                return self._changes(self._opened())
+            except (OnwardError, sqlite3.Error, OSError) as error:
+                self._close()
+                return [("trouble", {"error": str(error)})]
 
     def _changes(self, ledger: Ledger) -> list[Message]:
         seen = self._seen
@@ -180,9 +183,10 @@ class Watcher:
         return self._ledger
 
     def _close(self) -> None:
-        if self._ledger is not None:
-            self._ledger.close()
-            self._ledger = None
+        with self._using:
+            if self._ledger is not None:
+                self._ledger.close()
+                self._ledger = None
 
 
 def _goes_on(before: Span, now: Span) -> bool:
