@@ -171,14 +171,14 @@ class Evaluation:
             ConfigError: a file cannot be read; the hint says what to do.
         """
         for name in config.evaluation.files:
-            self._samples.of_question_file(Path(name), config, config.evaluation.rows)
+            self._samples.of_question_file(name, config)
 
     def asked(self, config: Config) -> dict[str, str]:
         """Return the names of the `evaluation.files` that can be read now, by content."""
         found: dict[str, str] = {}
         for name in config.evaluation.files:
             with contextlib.suppress(ConfigError):
-                found[self._samples.of_question_file(Path(name), config, config.evaluation.rows)[0]] = name
+                found[self._samples.of_question_file(name, config)[0]] = name
         return found
 
     def _begin(self, model: nn.Module, row: FileRow, config: Config, place: tuple[int, int], left: int | None) -> _Now:
@@ -237,7 +237,7 @@ class Evaluation:
         asked: dict[str, Subject] = {}
         for name in now.config.evaluation.files:
             try:
-                key, sample = self._samples.of_question_file(Path(name), now.config, now.config.evaluation.rows)
+                key, sample = self._samples.of_question_file(name, now.config)
             except ConfigError as error:  # it was there when the file began, whose config cannot be changed any more
                 self._ledger.add_event("warning", f"{error.what} ({error.where})", now.step)
                 continue

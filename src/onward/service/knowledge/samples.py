@@ -71,13 +71,13 @@ class Samples:
         tokens = partial(open_tokens, self._session, row, config, self._look)
         return self._sample(f"{key}-any-{count}", row.sha256, count, None, tokens).rows
 
-    def of_question_file(self, path: Path, config: Config, limit: int) -> tuple[str, Sample]:
+    def of_question_file(self, name: str, config: Config) -> tuple[str, Sample]:
         """Return the SHA-256 of a file of `evaluation.files` and the rows that the model is measured on.
 
         Raises:
             ConfigError: it is missing, or a row of it is refused.
         """
-        where = self._session.layout.root / path
+        where, limit = self._session.layout.root / name, config.evaluation.rows
         try:
             sha256 = sha256_file(where)
         except OSError as error:

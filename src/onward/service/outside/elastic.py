@@ -22,6 +22,7 @@ from typing import Any
 
 from onward.errors import UsageError
 from onward.ranks import LOST
+from onward.service.wishes import STOP_SIGNALS
 from onward.text import how_many
 
 MOST = 1024
@@ -30,8 +31,6 @@ GRACE = 5.0
 """Seconds that the last processes have to end once the others have ended."""
 PRELOADED = ("onward.service.owner.daemon", "onward.service.owner.leading", "onward.service.owner.follower")
 """Modules that every process needs, imported once before they are forked."""
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-
 Command = Callable[[Sequence[str], int], int]
 """Takes a command line to run in a process of its own, and how often it was started before; returns its exit status."""
 
@@ -134,7 +133,7 @@ def _start_server() -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
         for server in (resource_tracker, forkserver):
-            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # the tracker's start unblocks some
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # the tracker's start unblocks some
             server.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -142,7 +141,7 @@ def _start_server() -> None:
 
 def _listening(command: Command, words: Sequence[str], starts: int) -> int:
     """Carry out a command in a process that was forked with its signals blocked."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     return command(words, starts)
 
 
@@ -179,7 +178,7 @@ def _passing_on() -> Generator[list[str]]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid or 0, number)
 
-    heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup leaves SIGHUP
+    heard = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup's SIGHUP
     before = {number: signal.signal(number, pass_on) for number in heard}
     try:
         yield passed

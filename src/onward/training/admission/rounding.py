@@ -65,13 +65,20 @@ def compare(spec: ModelSpec, model: nn.Module, batch: Batch, alone: Alone, *, by
     """
     actual = _step(spec, model, batch, by_length)
     largest = difference(alone.taken, actual)
-    in_float32 = None
-    if alone.in_float32 is not None:
-        in_float32 = _in_float32(spec, model, lambda single: _step(single, model, batch, by_length))
-    if alone.in_float32 is None or in_float32 is None:
+    is_equal = _is_equal_in_float32(alone, spec, model, lambda single: _step(single, model, batch, by_length))
+    if is_equal is None:
         return Compared(largest, largest <= TOLERANCE[spec.dtype])
-    is_equal = difference(alone.in_float32, in_float32) <= TOLERANCE[torch.float32]
     return Compared(largest, is_equal and pooled_difference(alone.taken, actual) <= POOLED)
+
+
+def _is_equal_in_float32(
+    alone: Alone, spec: ModelSpec, model: nn.Module, compute: Callable[[ModelSpec], Gradients]
+) -> bool | None:
+    """Whether a step has the gradients of its rows there; None if that cannot be seen."""
+    actual = None if alone.in_float32 is None else _in_float32(spec, model, compute)
+    if alone.in_float32 is None or actual is None:
+        return None
+    return difference(alone.in_float32, actual) <= TOLERANCE[torch.float32]
 
 
 def _step(spec: ModelSpec, model: nn.Module, batch: Batch, by_length: bool) -> Gradients:

@@ -167,20 +167,29 @@ def _token_tables(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     names = {id(part): name for name, part in model.named_modules()}
     embedding, head = model.get_input_embeddings(), cast(Any, model.get_output_embeddings())
     yield names[id(embedding)], embedding
-    if head is not None and not is_tied(model):
+    if head is not None and not _is_tied(model):
         yield names[id(head)], head
 
 
 def _ties_saved(modules: Collection[str], model: PreTrainedModel) -> bool:
     """Whether embedding and head are tied and one of them is fully trained, so that both must be the trained one."""
-    if not modules or not is_tied(model):
-        return False
-    tables = (model.get_input_embeddings(), model.get_output_embeddings())
-    names = [name for name, part in model.named_modules() if any(part is table for table in tables)]
-    return any(name.endswith(module) for name in names for module in modules)
+    return bool(modules) and _is_tied(model) and ends(table_names(model)[0], modules)
 
 
-def is_tied(model: PreTrainedModel) -> bool:
-    """Return whether embedding and head are one weight."""
+def table_names(model: PreTrainedModel) -> list[list[str]]:
+    """Return the names of embedding and head, in one list if they are tied and in a list each if not."""
+    names = {id(part): name for name, part in model.named_modules()}
+    tables = (model.get_input_embeddings(), cast(Any, model.get_output_embeddings()))
+    found = [names[id(table)] for table in tables if table is not None]
+    return [found] if _is_tied(model) else [[name] for name in found]
+
+
+def ends(names: Iterable[str], asked: Iterable[str]) -> bool:
+    """Return whether something asked for is one of the names, or the end of one, as PEFT looks for modules."""
+    return any(name.endswith(end) for name in names for end in asked)
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    """Whether embedding and head are one weight."""
     head: Any = model.get_output_embeddings()
     return head is not None and head.weight is cast(Any, model.get_input_embeddings()).weight

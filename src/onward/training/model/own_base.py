@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +16,13 @@ from onward.atomic import system_errors
 from onward.config import Config
 from onward.errors import ConfigError, ModelError, VerificationFailed
 from onward.training.model.adapter import add_adapter
-from onward.training.model.adapter_shape import is_tied, new_adapter_config, require_effect, unsuitable_init
+from onward.training.model.adapter_shape import (
+    ends,
+    new_adapter_config,
+    require_effect,
+    table_names,
+    unsuitable_init,
+)
 from onward.training.model.load import causal_lm, load_base, load_tokenizer
 from onward.training.model.quiet import quiet
 from onward.training.model.roundtrip import prove_roundtrip
@@ -98,8 +104,8 @@ def _with_rows(config: Config, ids: Sequence[int], model: PreTrainedModel) -> Co
         ConfigError: in full training, `train` leaves them out.
     """
     tokens, saved = config.lora.trainable_tokens, config.lora.modules_to_save
-    tables = _table_names(model)
-    left = [names for names in tables if not _ends(names, saved)]
+    tables = table_names(model)
+    left = [names for names in tables if not ends(names, saved)]
     if config.method == "full":
         _require_trained(config.train, tables)
         return config
@@ -107,7 +113,7 @@ def _with_rows(config: Config, ids: Sequence[int], model: PreTrainedModel) -> Co
         return config
     if isinstance(tokens, dict) or len(left) < len(tables):
         given = tokens if isinstance(tokens, dict) else dict.fromkeys((names[0] for names in left), tokens)
-        named = {**given, **{names[0]: list[int]() for names in left if not _ends(names, given)}}
+        named = {**given, **{names[0]: list[int]() for names in left if not ends(names, given)}}
         rows: Any = {module: sorted({*own, *ids}) for module, own in named.items()}
     else:
         rows = sorted({*tokens, *ids})
@@ -122,19 +128,6 @@ def _require_trained(patterns: Sequence[str], tables: Sequence[Sequence[str]]) -
                 where="train",
                 hint=f"Add {names[0]} to train, or leave tokens out.",
             )
-
-
-def _table_names(model: PreTrainedModel) -> list[list[str]]:
-    """Return the names of embedding and head, in one list if they are tied and in a list each if not."""
-    names = {id(part): name for name, part in model.named_modules()}
-    tables = (model.get_input_embeddings(), cast(Any, model.get_output_embeddings()))
-    found = [names[id(table)] for table in tables if table is not None]
-    return [found] if is_tied(model) else [[name] for name in found]
-
-
-def _ends(names: Iterable[str], asked: Iterable[str]) -> bool:
-    """Whether something asked for is one of the names, or the end of one, as PEFT looks for modules."""
-    return any(name.endswith(end) for name in names for end in asked)
 
 
 def _take_out(model: PreTrainedModel, config: Config, base: Path, adapter: Path) -> PreTrainedModel:
