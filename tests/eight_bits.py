@@ -14,7 +14,8 @@ import stock
 import tiny
 import torch
 from bitsandbytes.optim import AdamW8bit as Theirs
-from qlora import forked, kill_at
+from qlora import forked
+from runs import kill_at
 from torch import nn
 from transformers import AutoModelForCausalLM
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 import small
 import tiny
 import torch
+from runs import kill_at
 
 from onward import Run
 from onward.events import StepTaken
@@ -89,16 +88,6 @@ def train(run: Run, *files: Path) -> tuple[int, Any]:
     return in_process(work)
 
 
-def kill_at(run: Run, step: int, *files: Path) -> int:
-    """Train in a process that is killed when a step was taken; return its exit status."""
-
-    def observe(event: object) -> None:
-        if isinstance(event, StepTaken) and event.step == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    return in_process(lambda: run.train(*files, observe=observe))[0]
-
-
 def without_room(run: Run, *files: Path) -> tuple[int, Any]:
     """Train on a device whose memory is full after the second step, until that was noticed."""
 
@@ -142,7 +131,11 @@ def look(root: Path, variant: str) -> dict[str, Any]:
         for name, steps in (("one", 1000), ("several", 5))
     )
     status, facts = train(one, *files)
-    killed = [train(several, files[0])[0], kill_at(several, 19, files[1]), train(several)[0]]
+    killed = [
+        train(several, files[0])[0],
+        in_process(lambda: several.train(files[1], observe=kill_at(19)))[0],
+        train(several)[0],
+    ]
     return {
         "statuses": [status, *killed, train(several, files[2])[0]],
         "measured": [manifest_of(run).measurement for run in (one, several)],

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +17,11 @@ import stock
 import tiny
 import torch
 from peft import PeftModel
+from runs import kill_at
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from onward import Run
 from onward.config.text import read_config
-from onward.events import StepTaken
 from onward.training.checkpoints.checkpoint import inspect_checkpoint
 from onward.training.checkpoints.loading import load_state
 from onward.training.model.base import resolve_base
@@ -46,16 +45,6 @@ def forked(work: Callable[[], object]) -> int:
         work()
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def kill_at(step: int) -> Callable[[object], None]:
-    """Return an observer that kills its process when a step was taken."""
-
-    def observe(event: object) -> None:
-        if isinstance(event, StepTaken) and event.step == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    return observe
 
 
 def digest_of(model: torch.nn.Module) -> str:

@@ -6,10 +6,14 @@ Only tests of the admission itself, and of `init`, need it to be made again.
 from __future__ import annotations
 
 import json
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from onward import Run
+from onward.events import StepTaken
 from onward.store.ledger import Ledger
 from onward.training.admission.findings import FACT, Findings
 
@@ -40,3 +44,13 @@ def new_run(directory: Path, model: Path | str, **settings: Any) -> Run:
     if findings is not None and not findings.settings:  # else the config is another one, too
         _FOUND[key] = found
     return run
+
+
+def kill_at(step: int) -> Callable[[object], None]:
+    """Return an observer that kills its process when a step was taken."""
+
+    def observe(event: object) -> None:
+        if isinstance(event, StepTaken) and event.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return observe

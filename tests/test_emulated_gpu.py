@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from seen import seen_by
 
-HERE = Path(__file__).parent
-SCRIPT = HERE / "emulated_runs.py"
+EMULATED = Path(__file__).parent / "emulated"
 STEPS = 12
 """Steps of each of three files."""
 HAS_COMPILER = shutil.which("c++") is not None and (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file()
@@ -28,33 +26,30 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def variables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The variables of a process that has an emulated GPU."""
+def device(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the compiled device."""
     folder = tmp_path_factory.mktemp("device")
-    build = [sys.executable, str(HERE / "emulated" / "build.py"), str(folder)]
+    build = [sys.executable, str(EMULATED / "build.py"), str(folder)]
     made = subprocess.run(build, capture_output=True, text=True, check=False)
     assert 0 == made.returncode, made.stderr
-    paths = [str(HERE / "emulated"), str(folder), str(HERE.parent / "src"), str(HERE)]
-    preloaded = {"LD_PRELOAD": str(folder / "early.so"), "PYTHONPATH": os.pathsep.join(paths)}
-    return {**os.environ, **preloaded, "OMP_NUM_THREADS": "1"}
+    return folder
 
 
-def seen(variables: dict[str, str], place: Path, what: str) -> dict[str, Any]:
-    """Return what a process with an emulated GPU saw (`tests/emulated_runs.py`)."""
-    command = [sys.executable, "-W", "ignore", str(SCRIPT), str(place), what]
-    outcome = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
-    assert 0 == outcome.returncode, outcome.stderr
-    return {**json.loads(outcome.stdout.splitlines()[-1]), "output": outcome.stderr}
+def seen(device: Path, place: Path, what: str) -> dict[str, Any]:
+    """Return what a process with an emulated GPU saw (`tests/emulated_runs.py`), and what it said."""
+    early = {"LD_PRELOAD": str(device / "early.so")}
+    found, output = seen_by("emulated_runs.py", place, what, beside=[EMULATED, device], variables=early)
+    return {**found, "output": output}
 
 
 @pytest.mark.parametrize("variant", ["lora", "full", "recomputed"])
-def test_several_processes_equal_one(variant: str, variables: dict[str, str], tmp_path: Path) -> None:
+def test_several_processes_equal_one(variant: str, device: Path, tmp_path: Path) -> None:
     """Three files in one process and in four, of which one is killed, have equal bits; a replay gives them again.
 
     Copies on side streams are done as late as a GPU might do them. A step waits for the device once, whether it is
     computed or replayed; a boundary waits a few times more.
     """
-    found = seen(variables, tmp_path / "runs", variant)
+    found = seen(device, tmp_path / "runs", variant)
     assert [0, 0, -9, 0, 0] == found["statuses"], found["output"]
     assert found["measured"][0] == found["measured"][1]
     assert ["bitwise"] * 6 == found["handovers"]
@@ -66,9 +61,9 @@ def test_several_processes_equal_one(variant: str, variables: dict[str, str], tm
     assert variant == "recomputed" or found["replays"] > 2 * STEPS
 
 
-def test_a_model_with_experts_and_a_device_without_room(variables: dict[str, str], tmp_path: Path) -> None:
+def test_a_model_with_experts_and_a_device_without_room(device: Path, tmp_path: Path) -> None:
     """It passes the admission on the device; a file with which memory ran out is tried again and trained."""
-    found = seen(variables, tmp_path / "runs", "experts")
+    found = seen(device, tmp_path / "runs", "experts")
     assert [0, 0] == found["statuses"], found["output"]
     assert 2 == found["starts"]
     assert ["done", "done"] == found["states"]

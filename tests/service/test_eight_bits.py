@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
 import signal
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +11,7 @@ from typing import Any
 
 import pytest
 from processes import command
+from seen import seen_by
 
 from onward import Run
 from onward.config import Config
@@ -29,13 +27,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a process with bitsandbytes saw (`tests/eight_bits.py`)."""
     if not INSTALLED and not (APART / "bitsandbytes").is_dir():
         pytest.skip("bitsandbytes is not installed: make qlora")
-    paths = [str(ROOT / "src"), str(ROOT / "tests"), *([str(APART)] if APART.is_dir() else [])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    script, place = str(ROOT / "tests" / "eight_bits.py"), str(tmp_path_factory.mktemp("eight"))
-    command = [sys.executable, "-W", "ignore", script, place]
-    outcome = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert 0 == outcome.returncode, outcome.stderr
-    return json.loads(outcome.stdout.splitlines()[-1])
+    return seen_by("eight_bits.py", tmp_path_factory.mktemp("eight"), beside=[APART])[0]
 
 
 @pytest.mark.slow

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from seen import seen_by
 
 ROOT = Path(__file__).parents[2]
 APART = ROOT / ".qlora"
@@ -20,12 +17,7 @@ def test_quantized_runs_are_exact_and_load_in_stock_peft(tmp_path: Path) -> None
     """Two equal runs, one of them killed, have equal bits; an evaluation changes no weight; PEFT loads the adapter."""
     if importlib.util.find_spec("bitsandbytes") is None and not (APART / "bitsandbytes").is_dir():
         pytest.skip("bitsandbytes is not installed: make qlora")
-    paths = [str(ROOT / "src"), str(ROOT / "tests"), *([str(APART)] if APART.is_dir() else [])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "qlora.py"), str(tmp_path)]
-    outcome = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert 0 == outcome.returncode, outcome.stderr
-    seen = json.loads(outcome.stdout.splitlines()[-1])
+    seen, _ = seen_by("qlora.py", tmp_path, beside=[APART])
     assert [0, -signal.SIGKILL, 0, 0] == seen["statuses"]
     assert seen["measured"][0] == seen["measured"][1]
     assert not seen["changed by evaluation"]
