@@ -22,6 +22,7 @@ from onward.data.tokenized import Row, TokenizedFile, unpack
 from onward.data.tokenizer import TokenizerState
 from onward.digest import sha256_file
 from onward.errors import DamagedState, ModelError
+from onward.service.intake.rules import RunTokenizer
 
 TOKENIZER = byte_tokenizer()
 STATE = TokenizerState.of(TOKENIZER)
@@ -291,14 +292,18 @@ def test_bad_rows_publish_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tiled", [True, False])
 def test_a_row_without_a_target_is_refused(tmp_path: Path, tiled: bool) -> None:
     """A text that is the end token alone, or of which the tokenizer leaves out every character, trains nothing: such a
-    row would make the loss of a step of its own 0 / 0."""
+    row would make the loss of a step of its own 0 / 0. The tokens of a file that was accepted before this was checked
+    can be made again."""
     tokenizer = byte_tokenizer()
     if not tiled:
         tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\x01", "")
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in ("<|im_end|>", "a", "\x01", "\x01b")])
-    report = tokenize_file(path, tmp_path / "t", sha256_file(path), RowTokenizer(TokenizerState.of(tokenizer), 9))
+    state, sha256 = TokenizerState.of(tokenizer), sha256_file(path)
+    report = tokenize_file(path, tmp_path / "t", sha256, RunTokenizer(state, Config(max_length=9), None))
     assert ([1] if tiled else [1, 3]) == [problem.line for problem in report.problems]
     assert "nothing of the row would be trained: the tokenizer makes 1 token of it" == report.problems[0].reason
+    assert tokenize_file(path, tmp_path / "t", sha256, RowTokenizer(state, 9)).ok
+    assert 4 == TokenizedFile.open(tmp_path / "t").rows
 
 
 def test_counts_of_the_length_policy(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from commands import onward_process
 from runs import new_run
 
 from onward import Run
-from onward.errors import DamagedState, FileRejected
+from onward.errors import ConfigError, DamagedState, FileRejected
 from onward.layout import RunLayout
 from onward.service.intake.arrivals import Arrivals
 from onward.service.intake.budget import Budget, BudgetSpent, Spending
@@ -513,7 +513,10 @@ def test_add_and_check_load_neither_torch_nor_transformers(run: Run, tmp_path: P
 
 
 def test_a_token_beyond_the_embedding_is_a_refusal(tmp_path: Path) -> None:
-    """A row with a token that the model has no embedding for is named with both numbers; other rows are accepted."""
+    """A row with a token that the model has no embedding for is named with both numbers; other rows are accepted.
+
+    So is one in a file of `evaluation.files`, before the first step.
+    """
     folder = tiny.save_tiny_model(tmp_path / "model", layers=1)
     tokenizer = tiny.byte_tokenizer(extra=("<|new|>",))
     tokenizer.save_pretrained(folder)
@@ -522,6 +525,10 @@ def test_a_token_beyond_the_embedding_is_a_refusal(tmp_path: Path) -> None:
     bad = tiny.write_jsonl(tmp_path / "bad.jsonl", [{"text": "fine"}, {"text": "a <|new|> token"}])
     with pytest.raises(FileRejected, match=r"bad.jsonl, line 2: token id 259, the model has 259 embedding rows"):
         run.add(bad)
+    asking = Run.create(tmp_path / "asking", str(folder), **SETTINGS, evaluation={"files": [str(bad)]})
+    with pytest.raises(ConfigError, match="line 2: token id 259, the model has 259 embedding rows"):
+        asking.train(tmp_path / "good.jsonl")
+    assert 0 == asking.status()["global_step"]
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import subprocess
 import sys
 from itertools import pairwise
@@ -27,6 +28,7 @@ from onward.layout import RunLayout
 from onward.service.lock import RunLock
 from onward.store.ledger import Ledger
 from onward.terminal import marker
+from onward.training.steps.anchor import AnchorTerm
 from onward.views.estimate import TIMED, estimate
 from onward.views.preview import PACE, Segment, ShownRow, lines_of, preview, split_text
 
@@ -226,6 +228,25 @@ def test_an_estimate_is_measured_on_a_copy(untouched: Path, tmp_path: Path) -> N
     line = onward("preview", path, "--estimate", "--run", untouched)
     assert "for 3 steps on" in line.out
     assert_refused(onward("preview", path, "--price", 1, "--run", untouched), 2, "Add --estimate")
+
+
+def test_an_estimate_takes_steps_as_training_does(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The anchor's term is in the steps of an estimate, though its texts are not written yet, and are not written."""
+    anchor = {"rows": 3, "tokens": 8, "weight": 0.5}
+    run = new_run(tmp_path / "run", model, lora={"rank": 2}, anchor=anchor, batch_size=2)
+    path, seen = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.chat_rows(10)), list[float]()
+    add_gradients = AnchorTerm.add_gradients
+
+    def spy(*args: Any) -> float:
+        seen.append(add_gradients(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(AnchorTerm, "add_gradients", spy)
+    before = snapshot(run.layout.root)
+    found = estimate(run.layout, path)
+    assert before == snapshot(run.layout.root)
+    assert found.timed_steps + 1 == len(seen)
+    assert all(map(math.isfinite, seen))
 
 
 @pytest.mark.parametrize("settings", [{}, {"holdout": 0.3, "epochs": 2, "replay": {"share": 0.5, "policy": "uniform"}}])

@@ -21,7 +21,6 @@ from onward.data.tokenized import FORMAT, TARGET_BIT, PackedRow, Weights, ids_of
 from onward.data.tokenizer import TokenizerState, closing_tokens
 from onward.digest import sha256_json
 from onward.errors import ModelError
-from onward.text import how_many
 
 OverLength: TypeAlias = Literal["auto", "truncate", "drop", "reject"]
 
@@ -173,24 +172,17 @@ class RowTokenizer:
         """Apply the length policy to one row.
 
         Raises:
-            RowError: the row has no target.
             TooLong: the row is too long and the policy is to refuse it.
         """
-        kept = packed[: self.max_length]
-        has_target = bool(np.any(kept >= TARGET_BIT))
         if len(packed) <= self.max_length:
-            if not has_target:
-                raise RowError(
-                    f"nothing of the row would be trained: the tokenizer makes {how_many(len(packed), 'token')} of it",
-                    "remove the row: it is the end token alone, or characters that the tokenizer leaves out",
-                )
             return Fitted(packed)
         if self.over_length == "reject":
             raise TooLong(
                 f"the row has {len(packed)} tokens, more than max_length = {self.max_length}",
                 "shorten the row, raise max_length, or set over_length to auto, truncate or drop",
             )
-        if self.over_length == "drop" or not has_target:
+        kept = packed[: self.max_length]
+        if self.over_length == "drop" or not has_target(kept):
             return Fitted(None)
         return Fitted(kept, truncated=True)
 
@@ -285,6 +277,11 @@ def _continued(begin: PackedRow, piece: PackedRow) -> PackedRow:
     if len(begin):
         return np.concatenate((begin, piece))
     return np.append(ids_of(piece[:1]), piece[1:])
+
+
+def has_target(packed: PackedRow) -> bool:
+    """Whether any token of a row is a target."""
+    return bool(np.any(packed >= TARGET_BIT))
 
 
 def _targets(rows: Sequence[RowText], offsets: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.bool_]:

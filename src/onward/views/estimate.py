@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from onward.config import Config
@@ -25,7 +26,7 @@ from onward.data.plan.order import make_plan
 from onward.data.plan.replay import StreamPlan
 from onward.data.row_tokenizer import Fitted
 from onward.data.tokenize import check_rows
-from onward.data.tokenized import TokenizedFile, TokenizedWriter
+from onward.data.tokenized import Row, TokenizedFile, TokenizedWriter
 from onward.digest import sha256_file
 from onward.errors import OnwardError
 from onward.layout import RunLayout
@@ -34,6 +35,7 @@ from onward.service.intake.names import plain_name
 from onward.service.intake.refusals import Refusal
 from onward.service.intake.rules import RulesOfRun
 from onward.service.knowledge.plans import OpenSources, plan_at
+from onward.service.owner.training.part_tokens import with_part_tokens
 from onward.service.owner.training.start import load_start
 from onward.service.session import Session, open_session
 from onward.service.state.reading import snapshot
@@ -44,6 +46,8 @@ from onward.training.checkpoints.checkpoint import estimate_size
 from onward.training.device.errors import is_out_of_memory
 from onward.training.device.memory import read_total
 from onward.training.state import TrainState
+from onward.training.steps.anchor import TOP, AnchorTerm
+from onward.training.steps.economy import Learned
 from onward.training.trainer import Trainer
 from onward.views.opened import opened, rejection
 
@@ -136,11 +140,14 @@ class _Measured:
     ) -> None:
         position = state.cursor.position + (1 if state.cursor.at_boundary else 0)
         state.cursor = replace(state.cursor, step=0, steps=0)
+        learned = Learned()
+        config = with_part_tokens(session, state, config, learned, keep=False)
         cross_boundary(state, config, plan, position)
         self.state = state
         self.files = files
         self.plan = plan
-        self.trainer = Trainer(state, config, session.execution)
+        anchor = _stand_in(config, session.capacity.embedding_rows or 1)
+        self.trainer = Trainer(state, config, session.execution, anchor, learned=learned)
         self.device = session.device
         self.weights = self._tokens_of_steps()
         self.seconds, self.tokens, self.steps = 0.0, 0, 0
@@ -173,6 +180,16 @@ class _Measured:
         lengths = {sha256: tokens.lengths() for sha256, tokens in self.files.items()}
         steps = range(min(self.plan.steps, LOOKED_AT))
         return [sum(int(lengths[row.sha256][row.row]) for row in self.plan.rows_at(step)) for step in steps]
+
+
+def _stand_in(config: Config, tokens: int) -> AnchorTerm | None:
+    """Return a term that takes what the anchor's does, on texts of its shape: the run's may not be written yet."""
+    anchor = config.anchor
+    if not (anchor.weight and anchor.rows):
+        return None
+    text = Row(np.arange(anchor.tokens) % tokens, np.arange(anchor.tokens) > 0)
+    shape = (anchor.rows, anchor.tokens - 1, TOP)
+    return AnchorTerm([text] * anchor.rows, torch.zeros(shape, dtype=torch.long), torch.zeros(shape), anchor.weight)
 
 
 def _tokenize(layout: RunLayout, ledger: Ledger, path: Path, config: Config, target: Path) -> TokenizedFile:

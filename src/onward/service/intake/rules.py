@@ -9,7 +9,7 @@ from typing import Any
 
 from onward.config import Config
 from onward.data.files.reading import Reading
-from onward.data.row_tokenizer import Fitted, RowTokenizer, cache_key
+from onward.data.row_tokenizer import Fitted, RowTokenizer, cache_key, has_target
 from onward.data.row_types import Record, RowError
 from onward.data.rows.template import RowText
 from onward.data.templates.own_template import KEY, has_templates, training_twin
@@ -19,6 +19,7 @@ from onward.layout import RunLayout
 from onward.service.settings import changed_refusal, locked_refusal
 from onward.service.tokenizer import KeptTokenizer, is_tokenizer_of
 from onward.store.ledger import Ledger
+from onward.text import how_many
 from onward.training.model.base import base_of_run
 from onward.training.model.capacity import read_capacity, require_fits
 
@@ -28,7 +29,9 @@ CHECKPOINT_ROOM = 1.2
 
 
 class RunTokenizer(RowTokenizer):
-    """The tokenizer of a run, which refuses what the model cannot look up.
+    """Turns the rows that a run is given into tokens; refuses rows without a target, and what the model cannot look up.
+
+    Tokens of an accepted file are made again without it: an earlier release may have accepted such rows.
 
     Args:
         state: the tokenizer.
@@ -78,9 +81,15 @@ class RunTokenizer(RowTokenizer):
         """Apply the length policy to one row.
 
         Raises:
-            RowError: the row is too long and the policy is to refuse it, or the model lacks one of its tokens.
+            RowError: the row has no target, is too long and the policy is to refuse it, or the model lacks one of its
+                tokens.
         """
         fitted = super().fit(packed)
+        if fitted.packed is not None and not has_target(fitted.packed):
+            raise RowError(
+                f"nothing of the row would be trained: the tokenizer makes {how_many(len(packed), 'token')} of it",
+                "remove the row: it is the end token alone, or characters that the tokenizer leaves out",
+            )
         if self._embedding_rows is not None and fitted.packed is not None:
             largest = int(ids_of(fitted.packed).max())
             if largest >= self._embedding_rows:

@@ -12,12 +12,13 @@ from onward.config import Config, stored_config
 from onward.data.files.faults import SourceChanged
 from onward.data.files.reading import Reading
 from onward.data.plan.holdout import count_held_out, rows_in_question
-from onward.data.row_tokenizer import RowTokenizer, cache_key
+from onward.data.row_tokenizer import cache_key
 from onward.data.tokenize import tokenize_file
 from onward.data.tokenized import Row, TokenizedFile, TokenizedWriter, pack
 from onward.digest import sha256_file
 from onward.errors import ConfigError, DamagedState
 from onward.hooks.evaluation import Sample
+from onward.service.intake.rules import RunTokenizer
 from onward.service.intake.tokens import open_tokens
 from onward.service.session import Session
 from onward.store.rows import FileRow
@@ -114,7 +115,8 @@ class Samples:
         target = self._folder / f"{key}-all"
         if (kept := _open(target)) is not None:
             return kept
-        row_tokenizer = RowTokenizer(self._session.tokenizer_state, config.max_length, config.over_length)
+        session = self._session
+        row_tokenizer = RunTokenizer(session.tokenizer_state, config, session.capacity.embedding_rows)
         try:
             report = tokenize_file(path, target, sha256, row_tokenizer, stop=self._look, reading=Reading.of(config))
         except SourceChanged:

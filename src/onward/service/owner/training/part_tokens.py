@@ -14,18 +14,22 @@ FACT = "micro_batch_tokens"
 """The ledger's fact in which a run keeps its number."""
 
 
-def with_part_tokens(session: Session, state: TrainState, config: Config, learned: Learned) -> Config:
+def with_part_tokens(
+    session: Session, state: TrainState, config: Config, learned: Learned, *, keep: bool = True
+) -> Config:
     """Return the config with the run's own number in place of `micro_batch_tokens: auto`.
 
-    The number follows from the memory of the device that the run begins on. Runs that trained before there was a
-    number, and those that began on a CPU, have the number of earlier releases, which is not written out.
+    The number is recorded if `keep` is true. It follows from the memory of the device that the run begins on. Runs
+    that trained before there was a number, and those that began on a CPU, have the number of earlier releases, which is
+    not written out.
     """
     if config.micro_batch_tokens != "auto" or config.gradient_accumulation != "auto":
         return config
     number = session.ledger.get(FACT)
     if number is None:
         number = _choose(session, state, config, learned) if state.step == 0 else MICRO_BATCH_TOKENS
-        session.ledger.put(**{FACT: number})
+        if keep:
+            session.ledger.put(**{FACT: number})
     return config if number == MICRO_BATCH_TOKENS else config.model_copy(update={FACT: number})
 
 
