@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -525,7 +526,8 @@ def test_a_token_beyond_the_embedding_is_a_refusal(tmp_path: Path) -> None:
     bad = tiny.write_jsonl(tmp_path / "bad.jsonl", [{"text": "fine"}, {"text": "a <|new|> token"}])
     with pytest.raises(FileRejected, match=r"bad.jsonl, line 2: token id 259, the model has 259 embedding rows"):
         run.add(bad)
-    asking = Run.create(tmp_path / "asking", str(folder), **SETTINGS, evaluation={"files": [str(bad)]})
+    settings: dict[str, Any] = {**SETTINGS, "evaluation": {"files": [str(bad)]}}
+    asking = Run.create(tmp_path / "asking", str(folder), **settings)
     with pytest.raises(ConfigError, match="line 2: token id 259, the model has 259 embedding rows"):
         asking.train(tmp_path / "good.jsonl")
     assert 0 == asking.status()["global_step"]
