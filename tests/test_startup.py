@@ -159,6 +159,22 @@ def test_variables_of_the_user_win() -> None:
     assert earlier.keys() == {*SETTINGS, "PYTORCH_CUDA_ALLOC_CONF"} - {"PYTORCH_ALLOC_CONF"}
 
 
+FETCHES = """
+import importlib.util, sys
+sys.argv = ["onward", "releases", "--run", "nowhere"]
+from onward.cli.entry import status_of_command
+print(status_of_command(), importlib.util.find_spec("kernels"))
+"""
+
+
+def test_no_library_finds_the_package_that_fetches_code(tmp_path: Path) -> None:
+    """In a process of the command line, `kernels` cannot be imported, though it is installed: libraries that find it
+    download compiled code from a hub and run it."""
+    (tmp_path / "kernels.py").touch()
+    seen = printed(FETCHES, PYTHONPATH=os.pathsep.join([str(tmp_path), str(Path(startup.__file__).parents[1])]))
+    assert ["2 None"] == seen
+
+
 @pytest.mark.slow
 def test_the_command_line_sets_up_its_own_process(model: Path, tmp_path: Path) -> None:
     """A command that trains has its settings in force, and what it imported is hidden from the collector."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import logging
 import os
 import platform
 import signal
@@ -17,7 +18,7 @@ import threading
 from collections.abc import Generator, MutableMapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 from onward.errors import UsageError
 
@@ -126,6 +127,16 @@ def set_environment(environment: MutableMapping[str, str] = os.environ) -> None:
     wanted |= {} if "PYTORCH_CUDA_ALLOC_CONF" in environment else _ALLOCATOR  # the variable's earlier name
     for name, value in wanted.items():
         environment.setdefault(name, value)
+
+
+def keep_out_fetched_code() -> None:
+    """Keep libraries from importing `kernels`, if it is installed: it fetches compiled code from a hub and runs it.
+
+    bitsandbytes asks for it when it is imported on a CPU with AVX512-BF16, transformers before 5.15 when it makes a model
+    such as Mamba. Both compute without it; bitsandbytes' warning about that is not shown.
+    """
+    cast(dict[str, Any], sys.modules).setdefault("kernels", None)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def set_tracker_environment(local: Path) -> None:

@@ -419,17 +419,20 @@ def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
     ("values", "words", "remedy"),
     [
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantized \(gptq\)", "method=qlora"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "8 bits", "method=qlora"),
         ({"auto_map": {"AutoConfig": "own.Own"}, "model_type": "own"}, "its own code", "-hf"),
     ],
 )
 def test_models_that_need_more_are_named(values: dict[str, Any], words: str, remedy: str, tmp_path: Path) -> None:
-    """Quantized weights and code of the folder's own are refused as what they are, each with its way on."""
+    """Weights that are quantized, but not to the 4 bits of `qlora`, and code of the folder's own are refused as what they
+    are, each with its way on."""
     folder = save(tmp_path / "model", "llama")
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-    with pytest.raises(ModelError, match=words) as refused:
-        Run.create(tmp_path / "run", str(folder))
-    assert remedy in str(refused.value.hint)
+    for method in ("lora", "qlora"):
+        with pytest.raises(ModelError, match=words) as refused:
+            Run.create(tmp_path / "run", str(folder), method=method)
+        assert remedy in str(refused.value.hint)
 
 
 @pytest.mark.parametrize("beside_a_model", [True, False])

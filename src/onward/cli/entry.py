@@ -39,6 +39,7 @@ def status_of_command(seen: Callable[[OnwardError], None] = lambda _: None) -> i
         seen: called with the error that ended the command.
     """
     startup.set_environment()
+    startup.keep_out_fetched_code()
     open_standard_streams()
     try:
         with startup.endings_interrupt() as came:

@@ -243,9 +243,12 @@ def require_plain(folder: Path, *, method: str) -> None:
     config = json.loads((folder / "config.json").read_bytes())
     quantization = config.get("quantization_config")
     if isinstance(quantization, dict):
-        kind = str(cast(dict[str, Any], quantization).get("quant_method", "unknown"))
-        if method == "qlora" and kind == "bitsandbytes":
-            return
+        settings = cast(dict[str, Any], quantization)
+        kind = str(settings.get("quant_method", "unknown"))
+        if kind == "bitsandbytes":
+            if method == "qlora" and settings.get("load_in_4bit"):
+                return
+            kind = f"{kind}, {4 if settings.get('load_in_4bit') else 8} bits"
         raise ModelError(
             f"its weights are quantized ({kind})",
             where=folder,

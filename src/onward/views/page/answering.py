@@ -124,6 +124,7 @@ def main() -> None:
     """Answer questions about the run that the first argument names."""
     out = own_output()
     startup.set_environment()
+    startup.keep_out_fetched_code()
     os.nice(max(0, NICENESS - os.nice(0)))  # before any thread starts: each keeps the niceness it started with
     with startup.large_imports():
         importlib.import_module("onward.views.chat.engine")
