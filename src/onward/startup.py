@@ -132,8 +132,8 @@ def set_environment(environment: MutableMapping[str, str] = os.environ) -> None:
 def keep_out_fetched_code() -> None:
     """Keep libraries from importing `kernels`, if it is installed: it fetches compiled code from a hub and runs it.
 
-    bitsandbytes asks for it when it is imported on a CPU with AVX512-BF16, transformers before 5.15 when it makes a model
-    such as Mamba. Both compute without it; bitsandbytes' warning about that is not shown.
+    bitsandbytes asks for it when it is imported on a CPU with AVX512-BF16, transformers before 5.15 when it makes a
+    model such as Mamba. Both compute without it; bitsandbytes' warning about that is not shown.
     """
     cast(dict[str, Any], sys.modules).setdefault("kernels", None)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

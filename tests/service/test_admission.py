@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,23 +91,91 @@ def test_a_first_start_refuses_what_init_would_have(tmp_path: Path) -> None:
     assert 0 == run.status()["global_step"]
 
 
+def keep_as_elsewhere(run: Path, **changes: Any) -> None:
+    """Make a run's findings, with changes, those of another release of transformers."""
+    found = findings(run)
+    assert found is not None
+    with Ledger(run / "ledger.sqlite3") as ledger:
+        elsewhere = {**found.environment, "transformers": "another"}
+        ledger.put(**{FACT: {**found.to_dict(), **changes, "environment": elsewhere}})
+
+
 def test_a_run_of_an_earlier_release_is_proven_at_its_next_start(tmp_path: Path, model: Path) -> None:
-    """It has no findings; it gets them and goes on as it did, to the same bits as a run that had them all along."""
+    """It has no findings, or those of other libraries; it gets them and goes on, to the same bits as a run that had
+    them all along."""
     first = tiny.write_jsonl(tmp_path / "1.jsonl", tiny.chat_rows(6))
     second = tiny.write_jsonl(tmp_path / "2.jsonl", tiny.chat_rows(6, seed=1))
     measured: list[Any] = []
-    for name in ("old", "new"):
+    for name in ("old", "elsewhere", "new"):
         run = Run.create(tmp_path / name, str(model), **SMALL)
         run.train(first)
+        here = findings(tmp_path / name)
+        if name == "elsewhere":
+            keep_as_elsewhere(tmp_path / name)
         if name == "old":
             with Ledger(tmp_path / name / "ledger.sqlite3") as ledger:
                 ledger.write("DELETE FROM run WHERE key = ?", FACT)
         run.train(second)
-        assert findings(tmp_path / name) is not None
+        found = findings(tmp_path / name)
+        assert found is not None
+        assert here is not None
+        assert (found.rows, found.environment) == (here.rows, here.environment)
         assert run.verify(deep=True).ok
         manifest = tmp_path / name / "current_model/checkpoint-4/onward.json"
         measured.append(json.loads(manifest.read_text())["measurement"])
-    assert measured[0] == measured[1]
+    assert measured[0] == measured[1] == measured[2]
+
+
+def test_what_is_not_proven_elsewhere_is_refused_before_the_first_step(tmp_path: Path, model: Path) -> None:
+    """A run that was proven on another machine is proven again where it trains; one that has trained is only warned."""
+    good = findings(make_run(tmp_path / "good", model))
+    assert good is not None
+    run = Run.create(tmp_path / "run", str(save(tmp_path / "model", "bert")), later=True, **SMALL)
+    elsewhere = {**good.environment, "device": "another"}
+    with Ledger(run.layout.ledger) as ledger:
+        ledger.put(**{FACT: {**good.to_dict(), "environment": elsewhere}})
+    with pytest.raises(ModelError, match="looks ahead"):
+        run.train(tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.chat_rows(6)))
+    assert 0 == run.status()["global_step"]
+
+
+def test_a_run_that_has_trained_goes_on_where_it_cannot_be_proven(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is warned once, and doctor says so too."""
+    run = Run.create(tmp_path / "run", str(model), **SMALL)
+    run.train(tiny.write_jsonl(tmp_path / "1.jsonl", tiny.chat_rows(4)))
+    keep_as_elsewhere(tmp_path / "run")
+
+    def refuse(*_: Any, **__: Any) -> Findings:
+        raise ModelError("it looks ahead here", where="model", hint="")
+
+    monkeypatch.setattr("onward.service.admission.admit", refuse)
+    for seed in (2, 3):
+        run.train(tiny.write_jsonl(tmp_path / f"{seed}.jsonl", tiny.chat_rows(4, seed=seed)))
+    with Ledger(run.layout.ledger, read_only=True) as ledger:
+        said = [event.message for event in ledger.events(100) if event.kind == "admission"]
+    assert ["a new run of this model would be refused: it looks ahead here"] == said
+    assert "a new run would be refused: it looks ahead here" in onward("doctor", "--run", tmp_path / "run").out
+
+
+@pytest.mark.parametrize(
+    ("before", "here", "then"),
+    [
+        ("end to end", "end to end", "end to end"), ("end to end", "padded", "padded"),
+        ("padded", "end to end", "padded"), ("padded", "by length", "by length"), ("by length", "padded", "by length"),
+    ],
+)  # fmt: skip
+def test_rows_are_laid_out_as_before_unless_that_is_not_proven_any_more(
+    before: str, here: str, then: str, tmp_path: Path, model: Path
+) -> None:
+    """The layout that asks least of the model is always right; what is left out of the state stays."""
+    found = findings(make_run(tmp_path / "run", model))
+    assert found is not None
+    kept = replace(found, rows=before, left_out=("a",), warnings=("old",), why_padded="then")
+    now = kept.confirmed(replace(found, rows=here, left_out=("b",), why_padded="now"))
+    assert (then, ("a",), ()) == (now.rows, now.left_out, now.warnings)
+    assert ("now" if then == here else "then") == now.why_padded
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -424,8 +424,7 @@ def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
     ],
 )
 def test_models_that_need_more_are_named(values: dict[str, Any], words: str, remedy: str, tmp_path: Path) -> None:
-    """Weights that are quantized, but not to the 4 bits of `qlora`, and code of the folder's own are refused as what they
-    are, each with its way on."""
+    """Quantized weights, but for those of `qlora`, and code of the folder's own are refused, each with its way on."""
     folder = save(tmp_path / "model", "llama")
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))

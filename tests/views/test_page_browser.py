@@ -32,7 +32,7 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 )  # fmt: skip
 HOSTILE = "<img src=x onerror=hacked=1>"
-SECONDS = 60_000
+SECONDS = 240_000
 """Milliseconds that the browser waits for what is to come, on a machine that does other things too."""
 
 

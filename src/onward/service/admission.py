@@ -11,8 +11,8 @@ from onward.config import Config
 from onward.errors import ModelError
 from onward.service.session import Session
 from onward.store.ledger import Ledger
-from onward.training.admission.admit import admit
-from onward.training.admission.findings import FACT, Findings
+from onward.training.admission.admit import admit, environment_of
+from onward.training.admission.findings import FACT, LAID, Findings
 from onward.training.admission.remedies import working_config
 from onward.training.device.environment import pick_device, pick_dtype, require_whole_teams
 from onward.training.model.spec import ModelSpec
@@ -56,21 +56,57 @@ def keep(ledger: Ledger, findings: Findings) -> None:
     ledger.put(**{FACT: findings.to_dict()})
 
 
-def admit_at_start(session: Session, *, has_trained: bool, start: Path | None = None) -> None:
+def admit_at_start(session: Session, *, has_trained: bool, again: bool, start: Path | None = None) -> None:
     """Prove the model of a run that has no findings yet, made with `--later` or by an earlier release.
 
     A run that has trained continues as it did: what would refuse a new run is a warning.
 
     Args:
+        again: also prove a model once more if what its proof depends on has changed: libraries, type of device, compute
+            type.
         start: folder of the adapter that a new run starts from.
 
     Raises:
         ModelError: weights are missing; or, in a run that has not trained, something cannot be proven.
     """
-    if session.ledger.get(FACT) is not None:
+    findings = Findings.of(session.ledger.get(FACT))
+    if findings is not None:
+        if again:
+            _prove_again(session, findings, has_trained=has_trained, start=start)
         return
-    spec = replace(session.spec, device=torch.device("cpu")) if session.in_shards else session.spec
-    found = admit(spec, checkpoint=start, strict=not has_trained)
+    found = admit(_spec_of_proof(session), checkpoint=start, strict=not has_trained)
     keep(session.ledger, found)
     for warning in found.warnings:
-        session.ledger.add_event("warning", f"a new run of this model would be refused: {warning}", kind="admission")
+        _warn(session.ledger, warning)
+
+
+def _prove_again(session: Session, findings: Findings, *, has_trained: bool, start: Path | None) -> None:
+    """Prove a model if its findings are of other surroundings, in which the proof might come out otherwise.
+
+    A run that has trained gets another layout of its rows if the one that it has is not proven any more.
+    """
+    spec = _spec_of_proof(session)
+    here = environment_of(spec)
+    changes = findings.changes_to(here)
+    if not changes:
+        return
+    try:
+        found = admit(spec, checkpoint=start, settings=dict(findings.settings))
+    except ModelError as error:
+        if not has_trained:
+            raise
+        keep(session.ledger, replace(findings, warnings=(error.what,), environment=here))
+        _warn(session.ledger, error.what)
+        return
+    found = findings.confirmed(found) if has_trained else found
+    keep(session.ledger, found)
+    event = f"the model was proven again, since it had been with {changes}: {LAID[found.rows]}"
+    session.ledger.add_event("info", event, kind="admission")
+
+
+def _spec_of_proof(session: Session) -> ModelSpec:
+    return replace(session.spec, device=torch.device("cpu")) if session.in_shards else session.spec
+
+
+def _warn(ledger: Ledger, warning: str) -> None:
+    ledger.add_event("warning", f"a new run of this model would be refused: {warning}", kind="admission")

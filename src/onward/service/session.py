@@ -34,6 +34,7 @@ from onward.training.device.execution import Execution
 from onward.training.layers.facts import layer_facts
 from onward.training.model.base import BaseDigest, base_of_run, digest_base, keep_revision
 from onward.training.model.capacity import Capacity, read_capacity, require_fits
+from onward.training.model.libraries import library_facts
 from onward.training.model.load import load_tokenizer
 from onward.training.model.spec import ModelSpec
 from onward.training.model.treatment import Treatment
@@ -132,7 +133,7 @@ class Session:
             self.dtype,
             numerics,
             exact=self.config.deterministic,
-            layers=layer_facts(self.device, self.dtype),
+            layers={**layer_facts(self.device, self.dtype), **library_facts(self.base, self.config)},
             ranks=ranks_facts(self.world, self.config.exchange),
         )
 

@@ -213,9 +213,9 @@ def _tokenize(layout: RunLayout, ledger: Ledger, path: Path, config: Config, tar
 def _copy_of_state(layout: RunLayout, session: Session, target: Path) -> TrainState:
     """Return the newest committed state, or that of step 0, in memory; a daemon may continue meanwhile."""
     if session.ledger.newest_checkpoint() is None:
-        return load_start(session, Settled(None, None)).state
+        return load_start(session, Settled(None, None), proves_again=False).state
     manifest = snapshot(layout, target)
-    return load_start(session, Settled(target, manifest)).state
+    return load_start(session, Settled(target, manifest), proves_again=False).state
 
 
 def _peak(device: torch.device) -> int:

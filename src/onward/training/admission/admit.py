@@ -33,6 +33,7 @@ from onward.training.layers.facts import layer_facts
 from onward.training.layers.twin import named_types
 from onward.training.measuring.probe import Probe
 from onward.training.model.adapter import ALL_LINEAR
+from onward.training.model.libraries import library_facts
 from onward.training.model.load import build_plain, causal_lm
 from onward.training.model.spec import ModelSpec
 from onward.training.optimizers import optimizer_method
@@ -74,6 +75,12 @@ def admit(
     return _findings(proof, found, settings or {}, time.perf_counter() - begun)
 
 
+def environment_of(spec: ModelSpec) -> dict[str, Any]:
+    """Return the record of the environment in which a model is proven."""
+    layers = {**layer_facts(spec.device, spec.dtype), **library_facts(spec.base, spec.config)}
+    return describe_environment(spec.device, spec.dtype, exact=spec.config.deterministic, layers=layers)
+
+
 def _findings(proof: Proof, found: Found, settings: dict[str, Any], seconds: float) -> Findings:
     """Return the findings of a finished proof."""
     spec = proof.spec
@@ -87,12 +94,7 @@ def _findings(proof: Proof, found: Found, settings: dict[str, Any], seconds: flo
         unreached=found.unreached,
         settings=settings,
         warnings=tuple(proof.warnings),
-        environment=describe_environment(
-            spec.device,
-            spec.dtype,
-            exact=spec.config.deterministic,
-            layers=layer_facts(spec.device, spec.dtype),
-        ),
+        environment=environment_of(spec),
         seconds=round(seconds, 3),
         writers=found.writers,
     )

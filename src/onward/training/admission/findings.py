@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
+from onward.training.device.environment import differences
 from onward.training.model.treatment import Treatment
 
 FACT = "admission"
@@ -17,7 +18,11 @@ LAID = {
     PADDED: "rows are padded",
     BY_LENGTH: "rows are computed together with rows of equal length",
 }
-"""Descriptions of how the rows of a step are laid out."""
+"""Descriptions of how the rows of a step are laid out, from the one that asks most of a model to the one that asks
+least."""
+
+DEPENDS_ON = ("device", "dtype", "capability", "torch", "transformers", "peft", "libraries")
+"""Facts of an environment with which a proof may come out otherwise."""
 
 REFUSABLE = "a new run would be refused"
 """The beginning of a line about a problem in a run that continues nevertheless."""
@@ -54,6 +59,28 @@ class Findings:
     environment: Mapping[str, Any]
     seconds: float
     writers: tuple[str, ...] | None = None
+
+    def changes_to(self, environment: Mapping[str, Any]) -> str:
+        """Return in words what the proof depends on that is different in an environment; empty if nothing is."""
+        before, here = (
+            {key: each[key] for key in DEPENDS_ON if key in each} for each in (self.environment, environment)
+        )
+        return differences(before, here)
+
+    def confirmed(self, found: Self) -> Self:
+        """Return these findings of a run that has trained, proven again.
+
+        Its weights stay those that it has, and its rows are laid out as before, unless that is not proven any more.
+
+        Args:
+            found: what the proof found now.
+        """
+        rows = max(self.rows, found.rows, key=list(LAID).index)
+        why = found.why_padded if rows == found.rows else self.why_padded
+        return replace(
+            self, rows=rows, why_padded=why, difference=found.difference, warnings=(), environment=found.environment,
+            seconds=found.seconds, writers=found.writers,
+        )  # fmt: skip
 
     @property
     def treatment(self) -> Treatment:

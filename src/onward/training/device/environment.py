@@ -25,8 +25,11 @@ the head by parts of the vocabulary, layers with one input together, fused norms
 the number is higher."""
 
 LATER_FACTS = frozenset(
-    {"processor_model", "driver", "cuda", "capability", "bfloat16", "cublas", "cudnn", "tf32", "attention"}
-)
+    {
+        "processor_model", "driver", "cuda", "capability", "bfloat16", "cublas", "cudnn", "tf32", "attention",
+        "libraries",
+    }
+)  # fmt: skip
 """Facts that earlier releases did not record: a record that lacks one says nothing about it."""
 
 HALF = (torch.bfloat16, torch.float16)
@@ -209,7 +212,8 @@ def describe_environment(
 
     Args:
         ranks: what keeps several processes from computing the same bits as one.
-        layers: the kernels used in layers (`layers/facts.py`), if not those of every release.
+        layers: the kernels used in layers (`layers/facts.py`), if not those of every release, and the libraries of
+            others that compute parts of the model (`model/libraries.py`).
         exact: whether only deterministic operations are used; recorded if not.
     """
     is_gpu = device.type == "cuda"

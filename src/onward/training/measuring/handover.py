@@ -100,7 +100,13 @@ def same_measurement(before: Mapping[str, Any], after: Mapping[str, Any]) -> boo
 
 def _not_repeated(before: Mapping[str, Any], here: Mapping[str, Any]) -> VerificationFailed:
     if before["probe_loss"] != here["probe_loss"]:
-        return _difference(f"the probe loss was {before['probe_loss']!r} and is {here['probe_loss']!r}")
+        return VerificationFailed(
+            "weights and moments are those before the stop, but the model computes another loss with them: the probe's "
+            f"was {before['probe_loss']!r} and is {here['probe_loss']!r}",
+            where="handover",
+            hint="Nothing was trained on it. Undo what changed since: a library, a setting of the machine. To go on "
+            "without the promise of equal bits: deterministic: false in onward.yaml.",
+        )
     return VerificationFailed(
         "the gradient of the probe differs from that before the stop, although weights and loss are equal",
         where="handover",

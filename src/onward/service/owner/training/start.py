@@ -40,23 +40,26 @@ class Start:
     """The run's model if it is sharded."""
 
 
-def load_start(session: Session, settled: Settled) -> Start:
+def load_start(session: Session, settled: Settled, *, proves_again: bool = True) -> Start:
     """Load the state that settling found, or make the state of step 0.
+
+    Args:
+        proves_again: whether the model is proven again if it was proven with other libraries or on another device.
 
     Raises:
         DamagedState: the checkpoint is not what its manifest says.
-        ModelError: the base model cannot be loaded.
+        ModelError: the base model cannot be loaded or, before the first step, not be proven.
     """
     log: Log = deque(maxlen=huggingface.LOG_TAIL)
     if settled.folder is None or settled.manifest is None:
         start = start_folder(session.layout, session.ledger, session.config)
-        admit_at_start(session, has_trained=False, start=start)
+        admit_at_start(session, has_trained=False, again=proves_again, start=start)
         run = _in_shards(session, session.config, start, None)
         if run is not None:
             return Start(run.held.state, None, session.config, log, run)
         model = build_model(session.spec, checkpoint=start, treatment=session.treatment)
         return Start(TrainState.start(model, session.config), None, session.config, log)
-    admit_at_start(session, has_trained=True)
+    admit_at_start(session, has_trained=True, again=proves_again)
     manifest = settled.manifest
     config = stored_config(manifest.config)
     loaded = session.config if manifest.cursor.at_boundary else config
