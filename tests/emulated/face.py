@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import emulated_device as device  # compiled by the test
-import kernels
+import only_cuda
 import torch
 
 GPU = torch.device("cuda", 0)
@@ -141,4 +141,4 @@ def show() -> None:
             if module is torch.cuda or hasattr(module, name):
                 setattr(module, name, value)
     torch.version.cuda = "13.0"
-    kernels.register()
+    only_cuda.register()
