@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import platform
 import threading
 from collections.abc import Callable
@@ -17,11 +18,13 @@ import pytest
 import torch
 import transformers
 
+from onward import startup
 from onward.errors import ConfigError, ModelError
 from onward.training.admission.findings import Findings
 from onward.training.device.environment import (
     LATER_FACTS,
     NUMERICS,
+    SETTINGS,
     autocast,
     describe_environment,
     deterministic,
@@ -31,6 +34,7 @@ from onward.training.device.environment import (
     promises_bits,
     require_whole_teams,
     same_environment,
+    settings_of,
     without_tf32,
 )
 from onward.training.device.hardware import (
@@ -142,7 +146,7 @@ def test_a_record_has_what_the_bits_depend_on() -> None:
     expected = {
         "device": "cpu", "processor": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
         "torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__,
-        "machine": platform.machine(), "processor_model": processor_model(),
+        "machine": platform.machine(), "processor_model": processor_model(), "settings": settings_of(os.environ),
     }  # fmt: skip
     plain = {**expected, "dtype": "float32", "numerics": NUMERICS}
     assert plain == describe_environment(CPU, torch.float32)
@@ -152,6 +156,24 @@ def test_a_record_has_what_the_bits_depend_on() -> None:
     assert [False] * 3 == [
         same_environment(plain, {**plain, key: "other"}) for key in ("numerics", "processor", "transformers")
     ]
+
+
+def test_variables_that_choose_how_products_are_computed_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the command line itself sets is none of them, nor is one that is empty."""
+    for name in SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    variables = dict[str, str]()
+    startup.set_environment(variables)
+    assert "none" == settings_of(variables)
+    before = describe_environment(CPU, torch.float32)["settings"]
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "")
+    here = describe_environment(CPU, torch.float32)["settings"]
+    assert "none" == before
+    assert "MKL_CBWR=COMPATIBLE" == here
+    assert "settings none (here MKL_CBWR=COMPATIBLE)" == differences({"settings": before}, {"settings": here})
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    assert "MKL_CBWR=COMPATIBLE, CUBLAS_WORKSPACE_CONFIG=:16:8" == settings_of(os.environ)
 
 
 def test_a_forward_pass_runs_in_the_compute_type() -> None:

@@ -33,7 +33,7 @@ from onward.training.model.weights import save_weights
 from onward.training.state import TrainState
 from onward.training.trainer import Trainer
 
-EXACT = "A replay is exact only on the same machine with the same versions and thread count."
+EXACT = "A replay is exact only on the same machine with the same versions, settings and thread count."
 REST = "onward verify checks everything else."
 
 

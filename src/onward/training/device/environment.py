@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import platform
 import re
 from collections.abc import Generator, Mapping, Sequence
@@ -27,14 +28,23 @@ the number is higher."""
 LATER_FACTS = frozenset(
     {
         "processor_model", "driver", "cuda", "capability", "bfloat16", "cublas", "cudnn", "tf32", "attention",
-        "libraries",
+        "libraries", "settings",
     }
 )  # fmt: skip
 """Facts that earlier releases did not record: a record that lacks one says nothing about it."""
 
+SETTINGS = (
+    "ONEDNN_MAX_CPU_ISA", "ONEDNN_CPU_ISA_HINTS", "ONEDNN_DEFAULT_FPMATH_MODE",
+    "DNNL_MAX_CPU_ISA", "DNNL_CPU_ISA_HINTS", "DNNL_DEFAULT_FPMATH_MODE",
+    "MKL_CBWR", "MKL_DYNAMIC", "MKL_ENABLE_INSTRUCTIONS", "MKL_NUM_STRIPES", "MKL_NUM_THREADS",
+    "OPENBLAS_CORETYPE", "OPENBLAS_NUM_THREADS",
+    "CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE", "TORCH_BLAS_PREFER_CUBLASLT", "DISABLE_ADDMM_CUDA_LT",
+)  # fmt: skip
+"""Variables by which the libraries of products choose how they compute: those of CPUs, then those of GPUs."""
+
 HALF = (torch.bfloat16, torch.float16)
 """Compute types under which a forward pass runs in autocast."""
-CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+CUBLAS, DEFAULT_CUBLAS = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
 _NO_FORM = re.compile(r"([\w.:]+)(?: with [\w ]+)? does not have a deterministic implementation")
 
 
@@ -167,7 +177,8 @@ def _refusal(message: str) -> ModelError | None:
         return ModelError(
             f"cuBLAS was started without {CUBLAS}, so its results may not be reproducible",
             where=CUBLAS,
-            hint=f"Start the process with {CUBLAS}=:4096:8 in its environment; the command onward does so itself.",
+            hint=f"Start the process with {CUBLAS}={DEFAULT_CUBLAS} in its environment; the command onward does so "
+            "itself.",
         )
     found = _NO_FORM.search(message)
     if found is None:
@@ -228,11 +239,18 @@ def describe_environment(
         "peft": peft.__version__,
         "machine": platform.machine(),
         "numerics": numerics,
+        "settings": settings_of(os.environ),
         **(gpu_facts(device) if is_gpu else {"processor_model": processor_model()}),
         **layers,
         **({} if exact else {"deterministic": False}),
         **ranks,
     }
+
+
+def settings_of(variables: Mapping[str, str]) -> str:
+    """Return in words which variables choose how products are computed; what the command line sets does not count."""
+    asked = [(name, variables.get(name)) for name in SETTINGS if variables.get(name)]
+    return ", ".join(f"{name}={value}" for name, value in asked if (name, value) != (CUBLAS, DEFAULT_CUBLAS)) or "none"
 
 
 def same_environment(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
