@@ -14,6 +14,7 @@ import torch
 from runs import new_run
 
 from onward import Run
+from onward.data.tokenized import TokenizedFile
 from onward.digest import xxh3_file
 from onward.errors import ConfigError, RunLocked
 from onward.service.lock import RunLock
@@ -58,7 +59,7 @@ def put_back(root: Path, step: int) -> None:
 
 
 def change_tokens(root: Path) -> None:
-    """Change a token of the last file in the cache, with its hash."""
+    """Change a token of the last file in the cache, with its hashes, as if the file had begun with it."""
     for folder in (root / "cache/tokens").iterdir():
         path, meta = folder / "tokens.bin", json.loads((folder / "meta.json").read_text())
         tokens = bytearray(path.read_bytes())
@@ -67,6 +68,8 @@ def change_tokens(root: Path) -> None:
         meta["files"]["tokens.bin"]["xxh3"] = xxh3_file(path)
         meta.pop("xxh3")
         (folder / "meta.json").write_text(json.dumps(meta))
+        digest = TokenizedFile.open(folder).digest
+        sql(f"UPDATE files SET token_digest = '{digest}' WHERE sha256 = '{meta['source_sha256']}'")(root)
 
 
 ANOTHER_BASE = """UPDATE run SET value = replace(value, '"base": "', '"base": "0') WHERE key = 'identity'"""

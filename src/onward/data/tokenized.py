@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from onward.atomic import TEMPORARY_PREFIX, is_own_folder, remove_tree
 from onward.data.row_types import RowError
-from onward.digest import canonical_json, xxh3_file
+from onward.digest import canonical_json, sha256_json, xxh3_file
 from onward.errors import DamagedState
 
 FORMAT, WEIGHED_FORMAT = 1, 2
@@ -234,6 +234,12 @@ class TokenizedFile:
             return cls(directory, meta)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DamagedState(f"the tokenized file is damaged: {error}", where=directory, hint=HINT) from error
+
+    @property
+    def digest(self) -> str:
+        """One digest for the tokens of all rows, their targets and their weights."""
+        files = [self.meta["files"][name]["xxh3"] for name in ("tokens.bin", "offsets.bin")]
+        return sha256_json([*files, self.meta.get("weights", [])])
 
     def holds_same(self, other: TokenizedFile) -> bool:
         """Return whether another file holds the same rows with the same targets and weights."""

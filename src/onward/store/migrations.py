@@ -255,6 +255,9 @@ MIGRATIONS = (
         GROUP BY file_id, (step - 1) / 512
     ) r;
     """,
+    """
+    ALTER TABLE files ADD COLUMN token_digest TEXT;
+    """,
 )
 
 

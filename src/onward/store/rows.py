@@ -24,7 +24,8 @@ class FileRow:
     count rows that were cut or left out for their length, `lost_tokens` the tokens lost by that (0 in files of earlier
     releases, which did not count them), `split` texts that became several rows, `bad_rows` rows left out because they
     cannot be trained. `held_out` counts the rows that are never trained, once the file has begun. `accepted` is 1 if a
-    user told the guard to let it pass.
+    user told the guard to let it pass. `token_digest` is that of the tokens with which the file began; None in files of
+    earlier releases.
     """
 
     id: int
@@ -60,6 +61,7 @@ class FileRow:
     bad_rows: int
     held_out: int
     accepted: int
+    token_digest: str | None
 
     @property
     def is_announced(self) -> bool:

@@ -26,21 +26,38 @@ LATELY = 32
 
 
 def open_tokens(session: Session, row: FileRow, config: Config, stop: Callable[[], None]) -> TokenizedFile:
-    """Open the tokens of an accepted file.
+    """Open the tokens of an accepted file; those of one that has begun are the ones with which it began.
 
     Raises:
-        DamagedState: the cache is damaged and the archived original is not the file that was accepted.
+        DamagedState: the cache is damaged and the archived original is not the file that was accepted, or other tokens
+            are made of it here.
         ConfigError: the config changed, and rows of the file are refused now.
     """
     folder = session.layout.tokens / _key(session, row, config)
     if folder.is_dir():
         try:
-            return TokenizedFile.open(folder)
+            return _as_begun(row, TokenizedFile.open(folder))
         except DamagedState as error:
             session.ledger.add_event("warning", f"the tokens of {row.name} are made again: {error.what}")
             remove_tree(folder)
     _make_again(session, row, config, folder, stop)
-    return TokenizedFile.open(folder)
+    return _as_begun(row, TokenizedFile.open(folder))
+
+
+def _as_begun(row: FileRow, tokens: TokenizedFile) -> TokenizedFile:
+    """Return the tokens if they are those with which a file began, as far as that is known.
+
+    Raises:
+        DamagedState: they are others.
+    """
+    if row.token_digest in (None, tokens.digest):
+        return tokens
+    raise DamagedState(
+        f"the tokens of {row.name} are not those with which it began",
+        where=tokens.directory,
+        hint="Libraries that make tokens were changed: install what they were then. Or go back to before this file, "
+        f"and train it and those after it again: onward rollback --to step:{row.first_step} --requeue",
+    )
 
 
 def _make_again(session: Session, row: FileRow, config: Config, folder: Path, stop: Callable[[], None]) -> None:

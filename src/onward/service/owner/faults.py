@@ -141,7 +141,7 @@ def handle(layout: RunLayout, ledger: Ledger, row: FileRow, failure: Failure, co
     else:
         _quarantine(layout, ledger, row, reason)
         return
-    values |= {"config": None, "position": row.position}
+    values |= {"config": None, "token_digest": None, "position": row.position}
     _take_back(layout, ledger, row, Move(row, "queued", values), f"{row.name} failed: {reason}")
     ledger.add_event("warning", f"{row.name} failed and is {decision}: {reason}", kind="retried")
 

@@ -144,7 +144,7 @@ class Worker:
         self._ownership.require_room(first, self.state.step + plan.steps - trained)
         if not resumed:
             self._measuring.before_file(row, self.state, self.config, tokens, judge=self._guard.judges_answers(row))
-        handover = "resumed" if resumed else self._begin(row, plan)
+        handover = "resumed" if resumed else self._begin(row, plan, tokens)
         yield file_started(row, self.state.cursor, plan, tokens.meta, handover, self.config.max_length)
         self.around.shown.set("training")
         row = self.ledger.file(row.id)
@@ -174,7 +174,7 @@ class Worker:
             self.session = replace(self.session, config=self.config)
             self._committed.compute_as(self.session)
 
-    def _begin(self, row: FileRow, plan: StreamPlan) -> str:
+    def _begin(self, row: FileRow, plan: StreamPlan, tokens: TokenizedFile) -> str:
         """Cross the boundary before a file: measure the handover, put the config into force, set the cursor."""
         state, config, old = self.state, self.config, self._in_force
         if state.step > 0:
@@ -193,7 +193,7 @@ class Worker:
                 self.ledger.add_event("info", change, state.step, kind="config")
             self.ledger.move_file(
                 row.id, "training", position=position, config=fingerprint, start_step=state.step,
-                planned_steps=plan.steps, rows=plan.rows, held_out=len(plan.held_out),
+                planned_steps=plan.steps, rows=plan.rows, held_out=len(plan.held_out), token_digest=tokens.digest,
             )  # fmt: skip
         cross_boundary(state, config, plan, position)
         self._in_force = config
