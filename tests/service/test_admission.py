@@ -146,6 +146,7 @@ def test_a_run_that_has_trained_goes_on_where_it_cannot_be_proven(
     run = Run.create(tmp_path / "run", str(model), **SMALL)
     run.train(tiny.write_jsonl(tmp_path / "1.jsonl", tiny.chat_rows(4)))
     keep_as_elsewhere(tmp_path / "run")
+    assert "it was proven with transformers another (here " in onward("doctor", "--run", tmp_path / "run").out
 
     def refuse(*_: Any, **__: Any) -> Findings:
         raise ModelError("it looks ahead here", where="model", hint="")

@@ -32,7 +32,7 @@ def admit_new(
         ModelError: something about the model cannot be proven.
         ConfigError: a setting does not fit it.
     """
-    device = _device_of_proof(config)
+    device = device_of_proof(config)
     require_whole_teams(device)
     dtype = pick_dtype(config.dtype, device)
     try:
@@ -46,7 +46,7 @@ def admit_new(
     return working, admit(ModelSpec(working, base, device, dtype), settings=changed)
 
 
-def _device_of_proof(config: Config) -> torch.device:
+def device_of_proof(config: Config) -> torch.device:
     """Return where a model is proven: one that will be sharded fits only into main memory."""
     return torch.device("cpu") if config.sharding == "full" else pick_device()
 

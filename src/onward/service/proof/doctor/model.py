@@ -12,13 +12,16 @@ from onward.config.text import read_config
 from onward.data.templates.own_template import read_template
 from onward.errors import ModelError
 from onward.layout import RunLayout
+from onward.service.admission import device_of_proof
 from onward.service.proof.doctor.finding import Finding
 from onward.service.settings import PUT_BACK, changes_in_words
 from onward.store.ledger import Ledger
+from onward.training.admission.admit import environment_of
 from onward.training.admission.findings import FACT, REFUSABLE, Findings
 from onward.training.device.environment import HALF, pick_device, pick_dtype
 from onward.training.model.base import base_of_run, digest_base
 from onward.training.model.load import load_tokenizer
+from onward.training.model.spec import ModelSpec
 from onward.training.optimizers import optimizer_method
 
 
@@ -73,7 +76,7 @@ def _template(layout: RunLayout, config: Config, base: Path) -> Iterator[Finding
 
 
 def check_admission(layout: RunLayout) -> Iterator[Finding]:
-    """Report what was proven about the model when the run was made."""
+    """Report what was proven about the model, and whether the next start proves it again."""
     with Ledger(layout.ledger, read_only=True) as ledger:
         findings = Findings.of(ledger.get(FACT))
     if findings is None:
@@ -81,3 +84,10 @@ def check_admission(layout: RunLayout) -> Iterator[Finding]:
         return
     for line in findings.lines():
         yield Finding("warning" if line.startswith(REFUSABLE) else "ok", "model", line)
+    config = read_config(layout.config)
+    device = device_of_proof(config)
+    spec = ModelSpec(config, base_of_run(layout.root, config.model), device, pick_dtype(config.dtype, device))
+    if changes := findings.changes_to(environment_of(spec)):
+        yield Finding(
+            "warning", "model", f"it was proven with {changes}", "the next start proves it again: onward train"
+        )
