@@ -8,6 +8,7 @@ import re
 import select
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -35,7 +36,7 @@ from pages import Page, serve
 from onward.views.page.pages import STATIC
 from onward.views.page.reading import RunReader
 from onward.views.page.runs import find_runs
-from onward.views.page.streams import FOLLOWERS, Watcher
+from onward.views.page.streams import FOLLOWERS, Seen, Watcher
 from onward.views.page.upload import remove_dead_parts, require_name
 from onward.views.web.connections import MOST_QUIET
 
@@ -162,9 +163,21 @@ def test_events_are_a_list_where_json_is_wanted(page: Page, made: RunLayout) -> 
 
 
 def test_steps_that_others_replaced_are_drawn_anew(tmp_path: Path) -> None:
-    """Between two looks a file was undone and another one trained beyond its last step: nothing of it stays drawn."""
+    """Between two looks a file was undone and another one trained beyond its last step: nothing of it stays drawn. A
+    look that fails after it has read that does not keep it from being told by the next one."""
+
+    class FailingOnce(Watcher):
+        fails = False
+
+        def _steps(self, ledger: Ledger, now: Seen) -> Any:
+            found = super()._steps(ledger, now)
+            if self.fails:
+                self.fails = False
+                raise sqlite3.OperationalError("disk I/O error")
+            return found
+
     layout = made_up_run(tmp_path / "run", FILES, falling)
-    watcher = Watcher(RunReader(layout))
+    watcher = FailingOnce(RunReader(layout))
     watcher.look()
     with Ledger(layout.ledger) as ledger:
         ledger.trim(7, [2], "undone")
@@ -174,6 +187,8 @@ def test_steps_that_others_replaced_are_drawn_anew(tmp_path: Path) -> None:
     for step in range(8, 102):
         metrics.append(StepRecord(other, step, step - 7, 0, 2, "digest", 20, 10, 0.25, 1e-4, 0.5, 0.25))
     metrics.close()
+    watcher.fails = True
+    assert [("trouble", {"error": "disk I/O error"})] == watcher.look()
     assert ("changed", ["curve"]) in watcher.look()
     assert [] == [message for message in watcher.look() if message[0] != "status"]
 
