@@ -13,12 +13,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commands import onward, snapshot
 from documented import DOCS, blocks_for
+from faults import copy_run
 from ledgers import add_file, made_up_run
 
 import onward as onward_package
@@ -35,6 +37,7 @@ from pages import Page, serve
 
 from onward.views.page.pages import STATIC
 from onward.views.page.reading import RunReader
+from onward.views.page.rows import RowsOfFiles
 from onward.views.page.runs import find_runs
 from onward.views.page.streams import FOLLOWERS, Seen, Watcher
 from onward.views.page.upload import remove_dead_parts, require_name
@@ -295,6 +298,18 @@ def test_rows_are_shown_as_the_model_sees_them(untouched: Path) -> None:
         assert [] == page.get(f"{where}&view=cut")["rows"] == page.get(f"{where}&view=dropped")["rows"]
         for wrong in ("/api/rows?sha256=abc", f"{where}&view=x", f"{where}&offset=-1"):
             assert 400 == page.ask("GET", wrong, headers=page.bearer).status
+
+
+def test_rows_of_a_file_that_waits_are_those_of_the_config_now(run: Path, tmp_path: Path) -> None:
+    """The config is changed while the rows are looked at: the next look shows which are left out under the new one."""
+    layout = RunLayout(copy_run(run, tmp_path / "run"))
+    rows = RowsOfFiles(layout)
+    with Ledger(layout.ledger, read_only=True) as ledger:
+        waits = replace(ledger.file(1), state="queued", config=None)
+        before = rows.page(ledger, waits, "all", 0, 1)["counts"]
+        layout.config.write_text(layout.config.read_text().replace("max_length: 256", "max_length: 16"))
+        after = rows.page(ledger, waits, "all", 0, 1)["counts"]
+    assert [{"cut": 0, "dropped": 0, "all": 8}, {"cut": 0, "dropped": 8, "all": 0}] == [before, after]
 
 
 def test_rows_of_a_file_that_waits_are_found_by_its_place(tmp_path: Path) -> None:
