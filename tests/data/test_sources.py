@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import zstandard
+from commands import assert_refused, onward
+from ledgers import made_up_run
 
 from onward.data.files import json_rows
 from onward.data.files.faults import FileError
@@ -269,3 +271,14 @@ def test_a_table_without_pyarrow(form: str, tmp_path: Path, monkeypatch: pytest.
         values(put(tmp_path, f"a.{form}", b"ARROW1\0\0" if form == "arrow" else b"PAR1"))
     assert f"reading .{form} needs pyarrow" == refusal.value.reason
     assert "pip install 'onward[parquet]'" == refusal.value.remedy
+
+
+def test_a_figure_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the extra, a Parquet file of the steps is refused before an earlier file of that name is touched."""
+    run = made_up_run(tmp_path / "run", [("a.jsonl", 2)], float)
+    earlier = put(tmp_path, "steps.parquet", b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.delitem(sys.modules, "pyarrow.parquet", raising=False)
+    refused = onward("metrics", "--parquet", "-o", earlier, "--run", run.root)
+    assert_refused(refused, 2, "pip install 'onward[parquet]'")
+    assert b"PAR1" == earlier.read_bytes()

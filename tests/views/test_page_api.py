@@ -8,16 +8,19 @@ import re
 import select
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commands import onward, snapshot
 from documented import DOCS, blocks_for
+from faults import copy_run
 from ledgers import add_file, made_up_run
 
 import onward as onward_package
@@ -34,8 +37,9 @@ from pages import Page, serve
 
 from onward.views.page.pages import STATIC
 from onward.views.page.reading import RunReader
+from onward.views.page.rows import RowsOfFiles
 from onward.views.page.runs import find_runs
-from onward.views.page.streams import FOLLOWERS, Watcher
+from onward.views.page.streams import FOLLOWERS, Seen, Watcher
 from onward.views.page.upload import remove_dead_parts, require_name
 from onward.views.web.connections import MOST_QUIET
 
@@ -162,9 +166,21 @@ def test_events_are_a_list_where_json_is_wanted(page: Page, made: RunLayout) -> 
 
 
 def test_steps_that_others_replaced_are_drawn_anew(tmp_path: Path) -> None:
-    """Between two looks a file was undone and another one trained beyond its last step: nothing of it stays drawn."""
+    """Between two looks a file was undone and another one trained beyond its last step: nothing of it stays drawn. A
+    look that fails after it has read that does not keep it from being told by the next one."""
+
+    class FailingOnce(Watcher):
+        fails = False
+
+        def _steps(self, ledger: Ledger, now: Seen) -> Any:
+            found = super()._steps(ledger, now)
+            if self.fails:
+                self.fails = False
+                raise sqlite3.OperationalError("disk I/O error")
+            return found
+
     layout = made_up_run(tmp_path / "run", FILES, falling)
-    watcher = Watcher(RunReader(layout))
+    watcher = FailingOnce(RunReader(layout))
     watcher.look()
     with Ledger(layout.ledger) as ledger:
         ledger.trim(7, [2], "undone")
@@ -174,6 +190,8 @@ def test_steps_that_others_replaced_are_drawn_anew(tmp_path: Path) -> None:
     for step in range(8, 102):
         metrics.append(StepRecord(other, step, step - 7, 0, 2, "digest", 20, 10, 0.25, 1e-4, 0.5, 0.25))
     metrics.close()
+    watcher.fails = True
+    assert [("trouble", {"error": "disk I/O error"})] == watcher.look()
     assert ("changed", ["curve"]) in watcher.look()
     assert [] == [message for message in watcher.look() if message[0] != "status"]
 
@@ -280,6 +298,18 @@ def test_rows_are_shown_as_the_model_sees_them(untouched: Path) -> None:
         assert [] == page.get(f"{where}&view=cut")["rows"] == page.get(f"{where}&view=dropped")["rows"]
         for wrong in ("/api/rows?sha256=abc", f"{where}&view=x", f"{where}&offset=-1"):
             assert 400 == page.ask("GET", wrong, headers=page.bearer).status
+
+
+def test_rows_of_a_file_that_waits_are_those_of_the_config_now(run: Path, tmp_path: Path) -> None:
+    """The config is changed while the rows are looked at: the next look shows which are left out under the new one."""
+    layout = RunLayout(copy_run(run, tmp_path / "run"))
+    rows = RowsOfFiles(layout)
+    with Ledger(layout.ledger, read_only=True) as ledger:
+        waits = replace(ledger.file(1), state="queued", config=None)
+        before = rows.page(ledger, waits, "all", 0, 1)["counts"]
+        layout.config.write_text(layout.config.read_text().replace("max_length: 256", "max_length: 16"))
+        after = rows.page(ledger, waits, "all", 0, 1)["counts"]
+    assert [{"cut": 0, "dropped": 0, "all": 8}, {"cut": 0, "dropped": 8, "all": 0}] == [before, after]
 
 
 def test_rows_of_a_file_that_waits_are_found_by_its_place(tmp_path: Path) -> None:

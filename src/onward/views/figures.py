@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import IO, Any
 
@@ -57,17 +58,23 @@ def write_json(rows: Iterable[Step], stream: IO[str]) -> None:
     stream.write("[]\n" if before == "[" else "\n]\n")
 
 
-def write_parquet(rows: Iterable[Step], stream: IO[bytes]) -> None:
-    """Write steps as a Parquet file.
+def parquet_writer() -> Callable[[Iterable[Step], IO[bytes]], None]:
+    """Return what writes steps as a Parquet file.
 
     Raises:
         UsageError: pyarrow is not installed.
     """
     try:
-        import pyarrow as arrow
-        from pyarrow.parquet import ParquetWriter
+        importlib.import_module("pyarrow.parquet")
     except ImportError:
         raise UsageError("Parquet needs pyarrow", where="--parquet", hint="pip install 'onward[parquet]'") from None
+    return _write_parquet
+
+
+def _write_parquet(rows: Iterable[Step], stream: IO[bytes]) -> None:
+    import pyarrow as arrow
+    from pyarrow.parquet import ParquetWriter
+
     schema: Any = arrow.schema(list(zip(COLUMNS, map(arrow.type_for_alias, TYPES), strict=True)))
     steps = iter(rows)
     with ParquetWriter(stream, schema) as writer:

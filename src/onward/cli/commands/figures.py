@@ -49,8 +49,9 @@ def metrics(
             raise UsageError(
                 "a Parquet file cannot be shown on a terminal", hint="onward metrics --parquet -o steps.parquet"
             )
+        write = figures.parquet_writer()  # without pyarrow, an earlier FILE stays as it is
         with _binary(output) as stream:
-            figures.write_parquet(rows, stream)
+            write(rows, stream)
         return
     with _text(output) as stream:
         (figures.write_json if as_json else figures.write_csv)(rows, stream)

@@ -74,7 +74,7 @@ class RowsOfFiles:
     def __init__(self, layout: RunLayout) -> None:
         self._layout = layout
         self._lock = threading.Lock()
-        self._open: OrderedDict[tuple[int, str | None], OpenedFile] = OrderedDict()
+        self._open: OrderedDict[tuple[int, str], OpenedFile] = OrderedDict()
 
     def page(self, ledger: Ledger, row: FileRow, view: str, offset: int, limit: int) -> dict[str, Any]:
         """Return some rows of a file.
@@ -101,18 +101,19 @@ class RowsOfFiles:
                 "counts": counts, "count": len(found), "offset": offset, "rows": rows}  # fmt: skip
 
     def _opened(self, ledger: Ledger, row: FileRow) -> OpenedFile:
-        key = (row.id, row.config)
+        config = _config(self._layout, ledger, row)
+        key = (row.id, config.model_dump_json())
         with self._lock:  # one file at a time: the cores are needed elsewhere
             if key not in self._open:
-                self._open[key] = _read(self._layout, ledger, row)
+                self._open[key] = _read(self._layout, ledger, row, config)
             self._open.move_to_end(key)
             while len(self._open) > OPEN:
                 self._open.popitem(last=False)
             return self._open[key]
 
 
-def _read(layout: RunLayout, ledger: Ledger, row: FileRow) -> OpenedFile:
-    original, config = require_original(layout, row), _config(layout, ledger, row)
+def _read(layout: RunLayout, ledger: Ledger, row: FileRow, config: Config) -> OpenedFile:
+    original = require_original(layout, row)
     tokenizer = run_tokenizer(layout, ledger, config)
     backend: Any = tokenizer.state.tokenizer
     opened = OpenedFile(lambda ids: backend.decode(ids, skip_special_tokens=False))

@@ -8,7 +8,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from anyio import to_thread
@@ -130,30 +130,31 @@ class Watcher:
                 return self._changes(self._opened())
             except (OnwardError, sqlite3.Error, OSError) as error:
                 self._close()
+                self._seen.written = None  # another connection counts anew
                 return [("trouble", {"error": str(error)})]
 
     def _changes(self, ledger: Ledger) -> list[Message]:
+        """Return what changed since the last look; if this one fails, the next one tells all of it."""
         seen = self._seen
         written = (ledger.version(), is_held(self._reader.layout.lock), time.monotonic() // PULSE)
-        around = self._around(ledger)
+        now = replace(seen, written=written, around=self._around(ledger))
         messages: list[Message] = []
-        if written != seen.written:
+        if now.written != seen.written:
             messages.append(self._state())
-            messages += self._steps(ledger)
-            files = ledger.files_mark()
-            if files != seen.files:
-                seen.files = files
+            messages += self._steps(ledger, now)
+            now.files = ledger.files_mark()
+            if now.files != seen.files:
                 messages.append(("changed", ["history"]))
-        if around != seen.around:
+        if now.around != seen.around:
             messages.append(("changed", ["overview"]))
-        seen.written, seen.around = written, around
+        self._seen = now
         return messages
 
-    def _steps(self, ledger: Ledger) -> list[Message]:
+    def _steps(self, ledger: Ledger, now: Seen) -> list[Message]:
         """Return the steps since the last look, or a message that steps were removed, even if others replaced them."""
         before = self._seen.newest
         spans = ledger.spans(max(0, before.position - 1) if before else 0)
-        self._seen.newest = spans[-1] if spans else None
+        now.newest = spans[-1] if spans else None
         newest, known = spans[-1].last if spans else 0, before.last if before else 0
         goes_on = before is None or any(_goes_on(before, span) for span in spans)
         if not goes_on or newest > known + NEW_STEPS:
