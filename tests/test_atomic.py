@@ -30,6 +30,10 @@ from onward.atomic import (
     replace_file,
     system_errors,
 )
+from onward.config import Config
+from onward.config.schema import MODELINE, SCHEMA, schema_text, write_config
+from onward.config.text import render_yaml
+from onward.data.templates.own_template import write_template
 from onward.errors import OnwardError
 from onward.service.intake.reading import move_durably
 
@@ -113,6 +117,22 @@ def order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ),
         (lambda folder: move_durably(folder / "a", folder / "b"), ["rename a b", "fsync folder"]),
         (lambda folder: fsync_file(folder / "a"), ["fsync a of 3"]),
+        (
+            lambda folder: write_template("b", "x", folder),
+            ["fsync .tmp-b of 1", "replace .tmp-b b", "fsync folder"],
+        ),
+        (
+            lambda folder: write_config(folder / "onward.yaml", Config()),
+            [
+                *(
+                    f"fsync .tmp-{SCHEMA} of {len(schema_text().encode())}",
+                    f"replace .tmp-{SCHEMA} {SCHEMA}",
+                    "fsync folder",
+                ),
+                f"fsync .tmp-onward.yaml of {len(render_yaml(Config())) + len(MODELINE) + 1}",
+                *("replace .tmp-onward.yaml onward.yaml", "fsync folder"),
+            ],
+        ),
     ],
 )
 def test_what_gets_a_name_is_on_the_disk_before_and_the_name_after(

@@ -187,7 +187,10 @@ def move_in(layout: RunLayout, *paths: Path) -> list[str]:
 
 
 def test_files_are_moved_never_over_another(layout: RunLayout) -> None:
-    """The same name twice is two files in the archive, and the inbox is empty."""
+    """The same name twice is two files in the archive, and the inbox is empty.
+
+    So are names that a disk may take for one: of other case, or with accents coded in another way.
+    """
     for number in range(3):
         write(layout.inbox / "a.jsonl", f'{{"text": "{number}"}}\n')
         move_in(layout, layout.inbox / "a.jsonl")
@@ -196,7 +199,11 @@ def test_files_are_moved_never_over_another(layout: RunLayout) -> None:
     assert ["archive/b.jsonl", "archive/b-2.jsonl"] == move_in(
         layout, layout.inbox / "high" / "b.jsonl", layout.inbox / "b.jsonl"
     )
-    assert ["a-2.jsonl", "a-3.jsonl", "a.jsonl", "b-2.jsonl", "b.jsonl"] == sorted(
+    pairs = [("high/C.jsonl", "c.jsonl"), ("high/\u00e9.jsonl", "e\u0301.jsonl")]
+    paths = [write(layout.inbox / name, f'{{"text": "{name}"}}\n') for pair in pairs for name in pair]
+    odd = ["C.jsonl", "c-2.jsonl", "\u00e9.jsonl", "e\u0301-2.jsonl"]
+    assert [f"archive/{name}" for name in odd] == move_in(layout, *paths)
+    assert sorted(["a-2.jsonl", "a-3.jsonl", "a.jsonl", "b-2.jsonl", "b.jsonl", *odd]) == sorted(
         path.name for path in layout.archive.iterdir()
     )
     assert [] == [path for path in layout.inbox.rglob("*") if path.is_file()]
@@ -285,6 +292,15 @@ def test_a_file_that_is_not_the_one_recorded_is_left(layout: RunLayout, change: 
     there = path.exists()
     assert [("a.jsonl", "rejected")] == clean(layout)
     assert (there, False) == (path.exists(), (layout.archive / "a.jsonl").exists())
+
+
+def test_a_file_is_not_removed_for_another_of_its_name(layout: RunLayout) -> None:
+    """What lies at its place in the archive is no copy of it: it stays in the inbox."""
+    path = write(layout.inbox / "a.jsonl")
+    killed_before_the_move(layout, path)
+    write(layout.archive / "a.jsonl", '{"text": "another"}\n')
+    clean(layout)
+    assert '{"text": "a"}\n' == path.read_text()
 
 
 def test_a_file_that_is_exchanged_at_the_last_moment_is_put_back(layout: RunLayout) -> None:

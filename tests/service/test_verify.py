@@ -111,6 +111,9 @@ def test_tampering_is_named(name: str, trained: Path, tmp_path: Path) -> None:
     assert not proof.ok
     assert check in [entry.name for entry in proof.checks if not entry.ok]
     assert [] == [entry.detail for entry in proof.checks if "Errno" in entry.detail]
+    if name == "a second checkpoint":
+        (detail,) = (entry.detail for entry in proof.checks if entry.name == check)
+        assert "an interrupted commit left checkpoint-6 beside checkpoint-10; onward train removes it" == detail
 
 
 def test_proof_of_a_new_run(model: Path, tmp_path: Path) -> None:

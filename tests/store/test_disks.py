@@ -19,7 +19,7 @@ from onward.errors import DamagedState, UsageError
 from onward.layout import RunLayout
 from onward.library.making import open_ledger
 from onward.service.proof.doctor.examination import examine
-from onward.store.disks import NO_LOCKS, mount_of, require_local, require_locks
+from onward.store.disks import NO_LOCKS, mount_of, require_local, require_locks, require_shared_memory
 from onward.store.ledger import Ledger, make_ledger
 
 ONE_MACHINE = [
@@ -156,6 +156,15 @@ def test_a_lock_that_others_hold_is_one(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
         require_locks(descriptor, tmp_path)
     os.close(descriptor)
+
+
+def test_a_disk_that_maps_no_files_is_refused(tmp_path: Path) -> None:
+    """SQLite's log needs a file as memory: what cannot be mapped, here a pipe, is refused with the way out."""
+    layout, ends = RunLayout(tmp_path / "run"), os.pipe()
+    with (tmp_path / "file").open("w+") as file, os.fdopen(ends[0]), os.fdopen(ends[1], "w") as pipe:
+        require_shared_memory(file.fileno(), layout)
+        with pytest.raises(UsageError, match=r"maps files into memory[\s\S]*ln -s LOCAL_DIR/ledger.sqlite3"):
+            require_shared_memory(pipe.fileno(), layout)
 
 
 @pytest.fixture

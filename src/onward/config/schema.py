@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
+from onward.atomic import replace_file
 from onward.config.config import Config
 from onward.config.keys import SECTIONS
 from onward.config.text import render_yaml
@@ -50,6 +51,6 @@ def schema_text() -> str:
 
 
 def write_config(path: Path, config: Config) -> None:
-    """Write a new run's `onward.yaml`, with its schema next to it."""
-    path.with_name(SCHEMA).write_text(schema_text(), encoding="utf-8")
-    path.write_text(f"{MODELINE}\n{render_yaml(config)}", encoding="utf-8")
+    """Write a new run's `onward.yaml`, with its schema next to it, to the disk: without its config a run is none."""
+    replace_file(path.with_name(SCHEMA), schema_text().encode())
+    replace_file(path, f"{MODELINE}\n{render_yaml(config)}".encode())

@@ -24,7 +24,7 @@ from onward.errors import OnwardError, UsageError
 from onward.layout import RunLayout
 from onward.library.torch_defaults import defaults_of_torch
 from onward.service.state.own_parts import OwnParts, is_made
-from onward.store.disks import require_local, require_locks
+from onward.store.disks import require_local, require_locks, require_shared_memory
 from onward.store.ledger import Ledger, make_ledger
 from onward.store.waiting import Waiting
 from onward.text import quoted
@@ -211,7 +211,8 @@ def refuse_occupied(layout: RunLayout) -> None:
         hint = f"Name another directory for the run; --model {quoted(layout.root)} makes it from this model."
         raise UsageError("this is the directory of a model", where=layout.root.absolute(), hint=hint)
     require_local(layout)
-    _require_locks(layout.root.absolute())
+    _try_on_file(layout.root.absolute(), require_locks)
+    _try_on_file(layout.ledger.resolve().parent, lambda file, _: require_shared_memory(file, layout))
 
 
 def _is_of_model(config: Path) -> bool:
@@ -224,11 +225,15 @@ def _is_of_model(config: Path) -> bool:
     return False
 
 
-def _require_locks(folder: Path) -> None:
-    """Try a lock on an unnamed file in the nearest existing folder; missing write permission is reported later."""
+def _try_on_file(folder: Path, attempt: Callable[[int, Path], None]) -> None:
+    """Try an unnamed file in the nearest existing folder; missing write permission is reported later.
+
+    Args:
+        attempt: called with the file's descriptor and that folder.
+    """
     there = next(place for place in (folder, *folder.parents) if place.is_dir())
     with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=there) as file:
-        require_locks(file.fileno(), there)
+        attempt(file.fileno(), there)
 
 
 def open_ledger(layout: RunLayout, waiting: Waiting | None = None) -> Ledger:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import re
 from collections.abc import Callable
@@ -42,6 +43,8 @@ SERVED_BY_PROGRAM = frozenset({
 """FUSE programs that access other machines, by the names under which they are mounted."""
 NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL})
 """Error numbers of `flock` on a disk that has no locks, or whose lock server does not answer."""
+NO_SHARED_MEMORY = frozenset({errno.ENODEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.EACCES})
+"""Error numbers of mapping a file on a disk that cannot, such as one that a program serves."""
 MOUNT = "Mount it with locks (Lustre: -o flock; NFS: without nolock), or put the run on another disk."
 _ESCAPED = re.compile(r"\\([0-7]{3})")
 
@@ -132,6 +135,21 @@ def require_locks(descriptor: int, where: Path, flock: Callable[[int, int], None
             raise
         what = "this disk has no locks, so two processes could own the run"
         raise UsageError(what, where=where, hint=MOUNT) from None
+
+
+def require_shared_memory(descriptor: int, layout: RunLayout) -> None:
+    """Refuse a disk on which a new ledger could not be used: map a page of an open file, which may be written to.
+
+    Raises:
+        UsageError: the file system cannot.
+    """
+    try:
+        os.ftruncate(descriptor, mmap.PAGESIZE)
+        mmap.mmap(descriptor, mmap.PAGESIZE).close()
+    except OSError as error:
+        if error.errno in NO_SHARED_MEMORY:
+            what = f"the ledger needs a disk that maps files into memory, which this one does not: {error.strerror}"
+            raise UsageError(what, where=layout.root.absolute(), hint=way_out(layout)) from None
 
 
 def _parsed(line: str, point: str) -> Mount:

@@ -12,6 +12,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
+from onward.atomic import replace_file
 from onward.data.templates.rendering import Renderer
 from onward.errors import ConfigError, ModelError
 from onward.layout import typed_path
@@ -79,7 +80,7 @@ def keep_template(value: str | None, root: Path) -> tuple[str | None, str]:
 def write_template(value: str | None, text: str, root: Path) -> None:
     """Write a run's copy of the template that `keep_template` returned, unless it is there."""
     if value is not None and not (root / value).exists():
-        (root / value).write_text(text, encoding="utf-8")
+        replace_file(root / value, text.encode())
 
 
 def training_twin(template: str) -> tuple[str, str] | None:

@@ -25,7 +25,7 @@ from onward.layout import RunLayout, entries
 from onward.service.intake.budget import BudgetSpent, Spending
 from onward.service.intake.folders import is_saved_dataset, joined
 from onward.service.intake.inbox import STUCK
-from onward.service.intake.names import plain_name, unused_name
+from onward.service.intake.names import one_name, plain_name, unused_name
 from onward.service.intake.reading import Changed, identity, is_regular, look, move_durably, read_whole
 from onward.service.intake.refusals import Refusal, keep_refused
 from onward.store.ledger import Ledger
@@ -134,7 +134,7 @@ class Arrivals:
             OSError: the inbox cannot be read, or files cannot be taken out of it; the next call continues.
         """
         together = len(rows) > MANY and not spending.is_bounded
-        reserved: set[str] = set()
+        reserved = {one_name(Path(row.copy).name) for row in self.ledger.files("arriving") if row.copy}
         arrived: list[int] = []
         recorded: list[tuple[int, Values]] = []
         for row in rows:
@@ -208,13 +208,14 @@ class Arrivals:
         if identity(found) != row.seen:
             raise Changed
         target = unused_name(self.layout.archive, row.name, reserved=reserved)
-        reserved.add(target.name)
+        reserved.add(one_name(target.name))
         return {"sha256": digest, "bytes": found.st_size, "format": form, "copy": self._below(target)}
 
     def _move(self, row: FileRow, source: Path, copy: Path) -> None:
         there, here = look(copy), look(source)
         if there is not None:
-            if here is not None and _may_be_copied(row, here, there) and self._is_as_recorded(row, source):
+            may_be = here is not None and _may_be_copied(row, here, there) and self._is_as_recorded(row, source)
+            if may_be and is_regular(copy) and sha256_file(copy) == row.sha256:
                 # copied from another mount and killed before the original was removed: the same file, not a second one
                 fsync_directory(copy.parent)
                 try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import unicodedata
+from collections.abc import Set
 from pathlib import Path
 
 from onward.atomic import TEMPORARY_PREFIX
@@ -36,13 +38,16 @@ def report_of(kept: Path) -> Path:
     return kept.with_name(f"{kept.name}{REPORT}")
 
 
-def unused_name(
-    folder: Path, name: str, *, reserved: frozenset[str] | set[str] = frozenset(), with_report: bool = False
-) -> Path:
+def one_name(name: str) -> str:
+    """Return what two names share if a disk may take them for one: some ignore case, or how accents are coded."""
+    return unicodedata.normalize("NFD", unicodedata.normalize("NFD", name).casefold())
+
+
+def unused_name(folder: Path, name: str, *, reserved: Set[str] = frozenset(), with_report: bool = False) -> Path:
     """Return a path in `folder` that no file has yet: `name`, or `name` with a number before its endings.
 
     Args:
-        reserved: further names that count as taken.
+        reserved: further names that count as taken, as `one_name` returns them.
         with_report: whether the name of the file's report has to be free as well.
     """
     stem, dot, endings = name.partition(".")
@@ -54,6 +59,6 @@ def unused_name(
     return folder / f"{stem}-{os.urandom(8).hex()}{dot}{endings}"
 
 
-def _is_taken(path: Path, reserved: frozenset[str] | set[str]) -> bool:
+def _is_taken(path: Path, reserved: Set[str]) -> bool:
     unfinished = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
-    return path.name in reserved or os.path.lexists(path) or os.path.lexists(unfinished)
+    return one_name(path.name) in reserved or os.path.lexists(path) or os.path.lexists(unfinished)

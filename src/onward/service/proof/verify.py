@@ -148,12 +148,14 @@ def _one_checkpoint(layout: RunLayout, ledger: Ledger, step: int) -> str:
     require_same_moment(layout, ledger)
     ownership = Ownership(layout, ledger)
     names = [folder.name for folder in ownership.checkpoints()]
-    _require(names == [f"checkpoint-{step}"], f"current_model has {names}, the ledger says checkpoint-{step}")
+    newest, *older = names or [""]
+    _require(newest == f"checkpoint-{step}", f"current_model has {names}, the ledger says checkpoint-{step}")
+    _require(not older, f"an interrupted commit left {', '.join(older)} beside {newest}; onward train removes it")
     copies = [path for path in layout.archive.glob(f"{TEMPORARY_PREFIX}*") if is_regular(path)]
     left = [*filter(ownership.left, layout.temporaries()), *copies]
     _require(not left, f"an interrupted write left {', '.join(map(str, left))}; onward train removes it")
     others = [str(folder.relative_to(layout.root)) for folder in ownership.others()]
-    return "; not made by this run, and left alone: ".join([names[0], ", ".join(others)] if others else names)
+    return "; not made by this run, and left alone: ".join([newest, ", ".join(others)] if others else names)
 
 
 def _root_files(layout: RunLayout, manifest: Manifest) -> str:

@@ -60,11 +60,15 @@ class Heartbeat:
         return limit is not None and self._monotonic() - self._moved > limit
 
     def beat(self) -> None:
-        """Write the heartbeat to the ledger, without waiting for the disk."""
-        fact = {"at": self._clock(), "quiet": self._monotonic() - self._moved, "hangs": self.hangs, "pid": os.getpid()}
-        put_soon(self._path, Waiting(PATIENCE), heartbeat=fact)
-        if not self.hangs:
+        """Write the heartbeat to the ledger, without waiting for the disk.
+
+        systemd is told first: where the disk is full or others hold the ledger, the process waits and is alive.
+        """
+        hangs = self.hangs
+        if not hangs:
             tell_systemd("WATCHDOG=1")
+        fact = {"at": self._clock(), "quiet": self._monotonic() - self._moved, "hangs": hangs, "pid": os.getpid()}
+        put_soon(self._path, Waiting(PATIENCE), heartbeat=fact)
 
 
 def tell_systemd(message: str) -> None:
