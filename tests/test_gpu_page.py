@@ -39,9 +39,11 @@ def test_what_was_not_run_is_called_so() -> None:
 
 
 def test_bits_that_differ_stand_out() -> None:
-    """An exactness check that failed is in bold; one that held says `==`."""
+    """An exactness check that failed is in bold; one that held says `==`, also if the run ended soon afterwards."""
     records = [{"subject": "SIGKILL", "instant": f"change {n}", "equal": n == 1} for n in (1, 2)]
-    lines = section(load("report").render(records), "Exactness").strip().splitlines()[2:]
+    page = load("report").render(records)
+    assert "Nothing was run" not in page
+    lines = section(page, "Exactness").strip().splitlines()[2:]
     assert ["| SIGKILL | change 1 | == | - |", "| SIGKILL | change 2 | **differs** | - |"] == lines
 
 

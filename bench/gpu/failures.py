@@ -1,7 +1,7 @@
 """What a recording that fails leaves behind: `failures.py`. A CPU records nothing, and nothing is reported there.
 
 One fails in Python, then one on the device, in one process. After each of them random numbers and steps must have the
-bits that they had before, memory must be free, and other recordings must work.
+bits that they had before, other recordings must work, and without these all memory must be free.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def wrong_after(fail: Callable[[], object], where: torch.device, record: Record,
     weight = nn.Parameter(torch.ones(64, 64, device=where))
     computed = {"random numbers": partial(torch.rand, 100, device=where), "a step": partial(_step, weight)}
     wanted = {name: _seeded(compute) for name, compute in computed.items()}
-    earlier, before = record(computed["random numbers"]), _reserved()
+    before, earlier = _reserved(), record(computed["random numbers"])
     wrong: list[str] = []
     try:
         record(fail)
@@ -41,8 +41,6 @@ def wrong_after(fail: Callable[[], object], where: torch.device, record: Record,
         first = f"{type(error).__name__}: {error}".splitlines()[0]
         print(f"the recording failed as it should: {first}")
     wrong += [f"{name}: other bits" for name in computed if not torch.equal(_seeded(computed[name]), wanted[name])]
-    if _reserved() >= before + LARGE:
-        wrong.append(f"{(_reserved() - before) >> 20} MiB are not free")
     if torch.cuda.is_available() and torch.ones(8).pin_memory().to(where, non_blocking=True).sum() != 8:
         wrong.append("pinned memory: other bits")
     again = {"a recording made before": earlier, "another recording": record(computed["random numbers"])}
@@ -54,6 +52,9 @@ def wrong_after(fail: Callable[[], object], where: torch.device, record: Record,
         else:
             said = "it is replayed" if ends_others and replay is earlier else said
         wrong += [f"{name}: {said}"] if said else []
+    del earlier, again, replay  # recordings share memory: it is free when the last of them is gone
+    if _reserved() >= before + LARGE:
+        wrong.append(f"{(_reserved() - before) >> 20} MiB are not free")
     return wrong
 
 

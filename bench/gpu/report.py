@@ -72,7 +72,9 @@ def _cell(value: object) -> str:
 def _machine(found: Sequence[Record]) -> str:
     machines = _of(found, "machine")
     if not machines:
-        return "Nothing was run on a GPU yet: no figure below was seen.\n"
+        return (
+            "The machine was not described.\n" if found else "Nothing was run on a GPU yet: no figure below was seen.\n"
+        )
     each = machines[-1]
     versions = ", ".join(f"{name} {version}" for name, version in each["versions"].items())
     day = f"{each['date']}: " if "date" in each else ""

@@ -208,15 +208,17 @@ def allocated() -> int:
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
 
 
-def measure_machine() -> None:
-    """Report what the machine is and the most it can do: a copy on the device, and a product in bfloat16."""
+def measure_machine(shape: str) -> None:
+    """Report what the machine is and the most it can do: a copy on the device, and a product in bfloat16; small ones
+    with the tiny shape.
+    """
     from importlib import metadata
 
     versions: dict[str, str] = {}
     for name in ("torch", "transformers", "peft", "accelerate", "trl", "triton", "bitsandbytes", "liger-kernel"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    size = 8192 if torch.cuda.is_available() else 256
+    size = 8192 if torch.cuda.is_available() and shape != "tiny" else 256
     where = device()
     left, right = (torch.randn(size, size, device=where, dtype=torch.bfloat16) for _ in range(2))
     seconds = _median_of(lambda: left @ right)
@@ -246,7 +248,7 @@ def main() -> None:
     gc.freeze()  # as the command line does: objects of the libraries stay out of the collector's rounds
     side, shape, kinds = [*sys.argv[1:], "", ""][:3]
     if side == "machine":
-        measure_machine()
+        measure_machine(shape)
     elif side == "onward":
         measure_onward(shape, kinds.split(","), sys.argv[4] if len(sys.argv) > 4 else "lora")
     else:

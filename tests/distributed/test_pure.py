@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import shlex
+import sys
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from ledgers import add_file, made_up_run
+from processes import apart, as_it_is
 from torch.distributed.run import get_args_parser
 
 from onward import errors
@@ -28,7 +31,7 @@ from onward.data.tokenized import Row
 from onward.errors import DeviceLost, FileRejected, GuardRejected, OnwardError, RankLost, UsageError
 from onward.ranks import Place, place_here, start_here
 from onward.service.client import Given
-from onward.service.outside.elastic import Devices, read_devices
+from onward.service.outside.elastic import Devices, read_devices, start_method
 from onward.store.ledger import Ledger
 from onward.training.device.environment import promises_bits, ranks_facts
 from onward.training.ranks.failures import from_message, to_message
@@ -115,6 +118,13 @@ def test_how_many_devices(text: str, gpus: int | None, expected: Devices | str) 
     with pytest.raises(UsageError, match=expected) as refused:
         read_devices(text, lambda: gpus)
     assert "--devices 2:8" in str(refused.value)
+
+
+@pytest.mark.slow
+def test_only_who_can_use_the_gpus_is_forked() -> None:
+    """If a process that is forked cannot do as it is asked, such as use CUDA, each one imports by itself."""
+    apart(as_it_is)  # let the process begin that others are forked from
+    assert ["forkserver", "spawn"] == [start_method(partial(sys.exit, status)) for status in (0, 1)]
 
 
 @given(st.lists(st.integers(2, 40), min_size=1, max_size=12), st.integers(1, 9))

@@ -31,6 +31,9 @@ GRACE = 5.0
 """Seconds that the last processes have to end once the others have ended."""
 PRELOADED = ("onward.service.owner.daemon", "onward.service.owner.leading", "onward.service.owner.follower")
 """Modules that every process needs, imported once before they are forked."""
+FORKS, IMPORTS = "forkserver", "spawn"
+"""How processes are started: forked from one that imported everything, or each imports by itself."""
+
 Command = Callable[[Sequence[str], int], int]
 """Takes a command line to run in a process of its own, and how often it was started before; returns its exit status."""
 
@@ -89,10 +92,10 @@ def run_on(devices: Devices, command: Command, words: Sequence[str], say: Callab
     os.environ["PYTHONSAFEPATH"] = "1"  # a run's directory holds other people's files: import nothing from it
     multiprocessing.set_forkserver_preload(list(PRELOADED))
     _start_server()
-    name = uuid.uuid4().hex
+    name, method = uuid.uuid4().hex, FORKS if count_gpus() is None else start_method(_use_gpus)
     with tempfile.TemporaryDirectory(prefix="onward-") as folder, _passing_on() as stopped:
         for starts, count in enumerate(range(devices.most, devices.least - 1, -1)):
-            end = _run_once(_config(name, count, folder), command, words, starts)
+            end = _run_once(_config((name, method), count, folder), command, words, starts)
             if isinstance(end, int):
                 return end
             if stopped:
@@ -139,13 +142,35 @@ def _start_server() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def start_method(use: Callable[[], None]) -> str:
+    """Return how processes are started: forked, if one that is forked can do something, else each by itself.
+
+    The one that they are forked from may have begun to use CUDA: bitsandbytes does so when PEFT imports it.
+    """
+    process = multiprocessing.get_context(FORKS).Process(target=use)
+    process.start()
+    process.join()
+    return IMPORTS if process.exitcode else FORKS
+
+
+def _use_gpus() -> None:
+    """Begin to use CUDA in this process; it ends with another status than 0 if that is not possible."""
+    import torch
+
+    try:
+        torch.cuda.init()
+    except Exception:  # PyTorch has several for this
+        raise SystemExit(1) from None
+
+
 def _listening(command: Command, words: Sequence[str], starts: int) -> int:
-    """Carry out a command in a process that was forked with its signals blocked."""
+    """Carry out a command in a process that may have been forked with its signals blocked."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     return command(words, starts)
 
 
-def _config(name: str, count: int, folder: str) -> Any:
+def _config(group: tuple[str, str], count: int, folder: str) -> Any:
+    """Return the agent's settings for a group with a name, whose processes are started in one of two ways."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig
 
@@ -155,12 +180,12 @@ def _config(name: str, count: int, folder: str) -> Any:
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=count,
-        run_id=name,
+        run_id=group[0],
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
         max_restarts=0,
-        start_method="forkserver",
+        start_method=group[1],
         logs_specs=DefaultLogsSpecs(log_dir=folder),
         **{name: value for name, value in later.items() if name in known},
     )
