@@ -29,7 +29,10 @@ MOST = 1024
 """The most processes that are started: more fill any machine before they can be told that a step has fewer parts."""
 GRACE = 5.0
 """Seconds that the last processes have to end once the others have ended."""
-PRELOADED = ("onward.service.owner.daemon", "onward.service.owner.leading", "onward.service.owner.follower")
+PRELOADED = (
+    "onward.service.outside.preloaded",
+    "onward.service.owner.daemon", "onward.service.owner.leading", "onward.service.owner.follower",
+)  # fmt: skip
 """Modules that every process needs, imported once before they are forked."""
 FORKS, IMPORTS = "forkserver", "spawn"
 """How processes are started: forked from one that imported everything, or each imports by itself."""
