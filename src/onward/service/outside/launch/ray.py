@@ -41,6 +41,9 @@ def train() -> None:
 
     import torch.distributed
 
+    from onward.startup import keep_out_fetched_code
+
+    keep_out_fetched_code()  # before a library looks for it
     from onward import Run
     from onward.following import follow
     from onward.ranks import place_here
