@@ -103,6 +103,21 @@ def test_the_public_names_are_light() -> None:
     assert "[]\n" == done.stdout, done.stderr
 
 
+@pytest.mark.parametrize(
+    "fails", ["ImportError('libx.so: no such file')", "OSError('libx.so')", "AttributeError('get')"]
+)
+def test_a_library_that_cannot_be_imported_is_named(fails: str, tmp_path: Path) -> None:
+    """Whatever it raises, a person reads a line and what to type, no traceback."""
+    (tmp_path / "torch.py").write_text(f"raise {fails}\n")
+    path = os.pathsep.join([str(tmp_path), str(Path(cli.__file__).parents[2])])
+    outcome = onward_process("doctor", PYTHONPATH=path)
+    assert (1, "") == (outcome.status, outcome.out)
+    what, hint = outcome.err.splitlines()
+    kind, _, words = fails.partition("(")
+    assert f"onward: torch cannot be imported: {kind}: {words[1:-2]}" == what
+    assert hint.endswith("pip install --force-reinstall torch")
+
+
 def test_help_names_every_command() -> None:
     """`onward --help` lists the commands and the exit statuses; each command has a help of its own.
 

@@ -7,6 +7,7 @@ import io
 import os
 import sqlite3
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, cast
@@ -23,6 +24,8 @@ CommandLineError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2
 """`ClickException`, from click itself or from the copy of click inside typer."""
 NO_HOME = "Could not determine home directory."
 """What pathlib says where neither HOME nor the system's users name one."""
+OWN = ("onward", "__main__")
+"""Modules in which an error is Onward's own."""
 INTERRUPTED = 130
 """The exit status that typer gives a second Ctrl-C."""
 
@@ -72,8 +75,8 @@ def _status_of(came: list[str], seen: Callable[[OnwardError], None]) -> int:
     except sqlite3.DatabaseError as error:
         say(_about_ledger(error))
         return 1
-    except (OSError, MemoryError, RuntimeError) as error:
-        words = _about_machine(error)
+    except Exception as error:
+        words = _in_words(error)
         if words is None:
             raise
         say(f"onward: {words}")
@@ -96,6 +99,27 @@ def _require_directory() -> None:
         raise UsageError(
             "the current directory was removed", hint="Change to another one (cd), then repeat the command."
         ) from None
+
+
+def _in_words(error: Exception) -> OnwardError | None:
+    """Return what to print for an error that is none of Onward's own; None if nobody but its authors can mend it."""
+    is_of_machine = isinstance(error, OSError | MemoryError | RuntimeError)
+    is_of_linker = isinstance(error, OSError) and error.errno is None  # a shared object is missing
+    words = _about_machine(error) if is_of_machine and not is_of_linker else None
+    return words or _about_library(error) or (_about_machine(error) if is_of_linker else None)
+
+
+def _about_library(error: Exception) -> OnwardError | None:
+    """Return what to print if a library failed while it was imported, whatever it raised; None if none did."""
+    modules = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "<module>"]
+    names = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame in modules]
+    if not names or names[-1] in OWN:
+        return None
+    hint = "pip check names packages that do not fit together. If there are none, a variable of the environment may be "
+    return OnwardError(
+        f"{names[-1]} cannot be imported: {type(error).__name__}: {first_line(error)}",
+        hint=f"{hint}wrong, or files are missing: pip install --force-reinstall {names[-1]}",
+    )
 
 
 def _about_machine(error: OSError | MemoryError | RuntimeError) -> OnwardError | None:
