@@ -103,10 +103,11 @@ def _require_directory() -> None:
 
 def _in_words(error: Exception) -> OnwardError | None:
     """Return what to print for an error that is none of Onward's own; None if nobody but its authors can mend it."""
-    is_of_machine = isinstance(error, OSError | MemoryError | RuntimeError)
-    is_of_linker = isinstance(error, OSError) and error.errno is None  # a shared object is missing
-    words = _about_machine(error) if is_of_machine and not is_of_linker else None
-    return words or _about_library(error) or (_about_machine(error) if is_of_linker else None)
+    if isinstance(error, OSError) and error.errno is None:  # the linker found no shared object
+        return _about_library(error) or _about_machine(error)
+    if isinstance(error, OSError | MemoryError | RuntimeError):
+        return _about_machine(error) or _about_library(error)
+    return _about_library(error)
 
 
 def _about_library(error: Exception) -> OnwardError | None:
