@@ -175,6 +175,7 @@ def test_pause_and_resume(run: Run, model: Path, tmp_path: Path) -> None:
 def test_a_pause_outlasts_the_process(run: Run, tmp_path: Path) -> None:
     """A daemon that is started again stays paused; to train in the foreground lifts the pause."""
     assert "begins paused" in run.pause()
+    assert "paused" == run.status()["state"]
     rows_file(run.layout.inbox / "a.jsonl", 6)
     process = watch(run)
     until(lambda: run.status()["state"] == "paused" and run.status()["queue"] == 1, process)
