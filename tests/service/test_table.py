@@ -235,17 +235,17 @@ def test_a_table_of_many_files_is_shown_for_the_newest() -> None:
 
 
 def test_the_corner_of_the_newest_files_is_that_of_the_whole_table(tmp_path: Path) -> None:
-    """For a screen only the newest files are read: they are shown as in the whole table."""
+    """For a screen only the newest files are read, and as many others: they are shown as in the whole table."""
     layout = made_up_run(tmp_path / "run", [(f"{name}.jsonl", 1) for name in "abcde"], float)
     with Ledger(layout.ledger) as ledger:
         for file_id, name in enumerate("abcde", start=1):
             ledger.set_file(file_id, sha256=name)
             seen = "abcde"[max(0, file_id - 3) : file_id]
-            asked = {"q": score(9.0 - file_id)}
+            asked = {name: score(9.0 - file_id) for name in "qrs"}
             grid = {
                 "model": {key: score(float(file_id), trained=key == "e") for key in seen} | asked,
-                "base": {name: score(7.0)} | ({"q": score(6.5)} if file_id == 1 else {}),
-                "anchor": None, "names": {"q": "q.jsonl"}, "cost": 1,
+                "base": {name: score(7.0)} | (dict.fromkeys("qrs", score(6.5)) if file_id == 1 else {}),
+                "anchor": None, "names": {name: f"{name}.jsonl" for name in "qrs"}, "cost": 1,
             }  # fmt: skip
             before = {"model": {name: score(6.0)}, "base": {}, "anchor": None, "names": {}, "cost": 1}
             ledger.keep_boundary_results(file_id, file_id, {"grid": grid, "before": before})
@@ -253,7 +253,7 @@ def test_the_corner_of_the_newest_files_is_that_of_the_whole_table(tmp_path: Pat
         everything = read_newest(ledger, 9)
     assert {name: whole[name] for name in ("files", "after", "loss", "other_rows")} | {"earlier": 0} == everything
     assert (3, [0, 4, 5]) == (newest["earlier"], newest["after"])
-    assert [whole["files"][place] for place in (3, 4, 5)] == newest["files"]
-    assert [[row[place] for place in (3, 4, 5)] for row in whole["loss"][-2:]] == newest["loss"][1:]
-    assert [7.0, 7.0, 6.5] == newest["loss"][0]
-    assert [False, True, False] == [file["trained"] for file in newest["files"]]
+    assert [whole["files"][place] for place in (3, 4, 5, 6)] == newest["files"]
+    assert [[row[place] for place in (3, 4, 5, 6)] for row in whole["loss"][-2:]] == newest["loss"][1:]
+    assert [7.0, 7.0, 6.5, 6.5] == newest["loss"][0]
+    assert [False, True, False, False] == [file["trained"] for file in newest["files"]]

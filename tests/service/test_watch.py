@@ -44,7 +44,8 @@ def test_an_inbox_is_one_run(run: Run, model: Path, tmp_path: Path) -> None:
 
 
 def test_an_inbox_that_cannot_be_used_is_told_once(run: Run, tmp_path: Path) -> None:
-    """A file where the inbox should be is named once, however often it is looked at; afterwards files are taken in."""
+    """A file where the inbox should be is named once, however often it is looked at; afterwards files are taken in.
+    `--once` does not end before: nobody knows whether the inbox is empty."""
 
     def events() -> list[str]:
         with Ledger(run.layout.ledger, read_only=True) as ledger:
@@ -53,16 +54,18 @@ def test_an_inbox_that_cannot_be_used_is_told_once(run: Run, tmp_path: Path) -> 
 
     shutil.rmtree(run.layout.inbox)
     run.layout.inbox.touch()
-    process = watch(run)
+    process = watch(run, "--once")
     until(lambda: bool(events()), process)
     rows_file(tmp_path / "b.jsonl", 4)
     run.add(tmp_path / "b.jsonl")  # the inbox is looked at before and after it
     until(lambda: ["b.jsonl"] == done(run), process)
+    (tmp_path / "inbox").mkdir()
+    rows_file(tmp_path / "inbox" / "a.jsonl", 5)
     run.layout.inbox.unlink()
-    run.layout.inbox.mkdir()
-    rows_file(run.layout.inbox / "a.jsonl", 5)
-    until(lambda: ["b.jsonl", "a.jsonl"] == done(run), process)
-    assert 0 == end(process)
+    (tmp_path / "inbox").rename(run.layout.inbox)
+    process.join(PATIENCE)
+    assert 0 == process.exitcode
+    assert ["b.jsonl", "a.jsonl"] == done(run)
     problem, again = events()
     assert problem.startswith("the inbox cannot be used: [Errno 20] Not a directory")
     assert "files can be taken in again" == again
@@ -175,6 +178,7 @@ def test_pause_and_resume(run: Run, model: Path, tmp_path: Path) -> None:
 def test_a_pause_outlasts_the_process(run: Run, tmp_path: Path) -> None:
     """A daemon that is started again stays paused; to train in the foreground lifts the pause."""
     assert "begins paused" in run.pause()
+    assert "paused" == run.status()["state"]
     rows_file(run.layout.inbox / "a.jsonl", 6)
     process = watch(run)
     until(lambda: run.status()["state"] == "paused" and run.status()["queue"] == 1, process)

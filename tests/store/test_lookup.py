@@ -117,6 +117,18 @@ def test_a_file_that_is_not_meant_is_refused(name: str, what: str, hint: str, le
     assert hint in str(caught.value.hint)
 
 
+def test_of_files_that_nothing_tells_apart_the_last_is_meant(ledger: Ledger) -> None:
+    """A file that was quarantined, added again and quarantined again can be accepted by its name; one with a place in
+    the stream is told from one without by that place."""
+    fixed: dict[str, Any] = {"command": "c", "bytes": 1, "format": "jsonl", "copy": "x", "name": "odd.jsonl"}
+    _, last = (ledger.insert_file(state="quarantined", sha256="99" * 32, **fixed) for _ in range(2))
+    assert [last, last] == [find_file(ledger, name, "quarantined").id for name in ("odd.jsonl", "file:9999")]
+    ledger.insert_file(state="done", sha256="99" * 32, position=7, **fixed)
+    with pytest.raises(UsageError) as caught:
+        find_file(ledger, "odd.jsonl", "quarantined", "done")
+    assert "file:7" in str(caught.value.hint)
+
+
 @pytest.mark.parametrize("name", ["waits too.jsonl", "-rf.jsonl", "--help.jsonl"])
 def test_a_name_in_a_suggested_command_is_understood(name: str, ledger: Ledger) -> None:
     """The word that is suggested is no option, and means that file."""

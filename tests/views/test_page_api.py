@@ -627,8 +627,10 @@ def test_the_cookie_acts_for_the_page_itself(page: Page) -> None:
     assert 400 == page.ask("POST", "/api/pause", b"x" * 70_000, page.bearer).status
 
 
-def test_what_needs_a_still_state_says_so(page: Page, made: RunLayout) -> None:
-    """Proof and going back are commands in processes of their own; what they refuse is answered in their words."""
+def test_what_needs_a_still_state_says_so(page: Page, made: RunLayout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proof and going back are commands in processes of their own; what they refuse is answered in their words, not in
+    those of Python or a library that spoke before."""
+    monkeypatch.setenv("PYTHONWARNINGS", "unknown")  # Python says that it does not know it
     with RunLock(made.lock):
         held = page.post("/api/verify")
     assert (409, True) == (held.status, held.json["error"].startswith("another process owns this run"))

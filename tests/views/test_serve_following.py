@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import queue
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from faults import copy_run
+from torch import nn
 
 from onward import Run
 from onward.layout import RunLayout
@@ -61,11 +64,27 @@ def test_a_disk_that_fails_is_said_once_and_looked_at_again(stream: Path, tmp_pa
     assert [problem, "step 5, after file 3 (c.jsonl) answers"] == said
 
 
+class Full(nn.Module):
+    """A model on a device that has no memory left for another one."""
+
+    @property
+    def device(self) -> torch.device:
+        raise RuntimeError("CUDA out of memory")
+
+
 def test_a_run_without_a_commit_is_said_once_and_the_old_one_answers(stream: Path, tmp_path: Path) -> None:
-    """Whoever resets a run that is served reads one line in its log, not one every second."""
+    """Whoever resets a run that is served reads one line in its log, not one every second; so does whoever serves it
+    where there is no memory for the next commit."""
     layout = RunLayout(copy_run(stream, tmp_path / "run"))
     said: list[str] = []
     with hold(layout) as point, Engine(load(layout, point)) as engine:
+        with Engine(replace(engine.loaded, model=Full())) as full:
+            following = Following(layout, full, "another", said.append, lambda: None)
+            following.try_to_look()
+            following.try_to_look()
+        no_memory = "the newest commit cannot be loaded: the state cannot be loaded: CUDA out of memory"
+        assert [no_memory] == [line.partition(" [")[0] for line in said]
+        said.clear()
         following = Following(layout, engine, state_mark(layout), said.append, lambda: None)
         Run(layout.root).reset()
         for _ in range(3):

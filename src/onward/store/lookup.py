@@ -29,13 +29,15 @@ def typed(name: str) -> str:
 def find_file(ledger: Ledger, name: str, *states: str) -> FileRow:
     """Return the file in these states with a name, a position or a hash prefix.
 
+    Of several with one content, none of which has a place in the stream, it is the last: nothing tells them apart.
+
     Raises:
         UsageError: there is none, or there are several.
     """
     rows = ledger.files(*states)
     matches = _matches(rows, name)
-    if len(matches) == 1:
-        return matches[0]
+    if len(matches) == 1 or _are_alike(matches):
+        return matches[-1]
     if matches:
         raise _several(name, matches, where="FILE")
     others = [state for state in ALL_STATES if state not in states]
@@ -123,8 +125,13 @@ def _several(text: str, rows: Sequence[FileRow], where: str) -> UsageError:
     )
 
 
+def _are_alike(rows: Sequence[FileRow]) -> bool:
+    contents = {row.sha256 for row in rows}
+    return len(contents) == 1 and "" not in contents and not any(row.position for row in rows)
+
+
 def _example(rows: Sequence[FileRow]) -> str:
-    row = rows[-1]
+    row = max(rows, key=lambda row: row.position or 0) if any(row.position for row in rows) else rows[-1]
     return f"{FILE}{row.position or row.sha256[:12]}"
 
 

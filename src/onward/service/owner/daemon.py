@@ -151,7 +151,7 @@ class Daemon:
         if owed_evaluation(self.ledger) is not None:
             self._train_file()
             return True
-        if self._once and not self._incoming.unsettled and self.ledger.next_arriving() is None:
+        if self._once and self._incoming.knows_all and self.ledger.next_arriving() is None:
             return False
         if not self._incoming.is_watching:
             return self.ledger.next_arriving() is not None

@@ -87,6 +87,11 @@ class Incoming:
         finally:
             self._checker.end()
 
+    @property
+    def knows_all(self) -> bool:
+        """Whether the inbox could be looked at, and no file in it was still being written."""
+        return not self.unsettled and self._inbox_problem is None
+
     def has_changed(self) -> bool:
         """Whether something changed in the inbox since it was last looked at."""
         return self._changed.is_set()

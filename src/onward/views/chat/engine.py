@@ -7,6 +7,7 @@ thread computes answers in the order in which they were asked for.
 from __future__ import annotations
 
 import queue
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -157,8 +158,17 @@ class Engine:
         is loaded in addition to this one, which answers until then. If anything fails, this one stays in place.
 
         Raises:
-            ModelError, Unreadable: as for `load`.
+            ModelError, Unreadable: as for `load`; ModelError also where memory runs out or the device is lost.
+            OSError, sqlite3.Error: the machine fails.
         """
+        try:
+            self._move_to(layout, point)
+        except (OnwardError, OSError, sqlite3.Error):
+            raise
+        except Exception as error:  # from the device: memory, a loss
+            raise ModelError(f"the state cannot be loaded: {first_line(error)}", where=point.label) from None
+
+    def _move_to(self, layout: RunLayout, point: Point) -> None:
         device = causal_lm(self._loaded.model).device
         other = exchanged(layout, point, self._loaded)
         if other is not None:

@@ -179,6 +179,8 @@ class Chat:
                 self._columns[0].engine.move_to(self._layout, point)
         except OnwardError as error:
             raise UsageError(error.what, where=error.where, hint=error.hint) from None
+        except (OSError, sqlite3.Error) as error:
+            raise UsageError(f"the state cannot be read: {error}", where="/at") from None
         self._follows, self._mark = follows, mark
         self._introduce()
 

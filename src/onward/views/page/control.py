@@ -92,7 +92,8 @@ def _command(layout: RunLayout, *words: str, seconds: float = LONG) -> dict[str,
     try:
         return json.loads(done.stdout)
     except ValueError:
-        what, _, hint = done.stderr.strip().removeprefix("onward: ").partition("\n")
+        said = f"\n{done.stderr.strip()}".rpartition("\nonward: ")[2]  # a library may have said something before
+        what, _, hint = said.strip().partition("\n")
         kind = _ERRORS.get(done.returncode, OnwardError)
         raise kind(what or f"the command ended with status {done.returncode}", hint=hint.strip() or None) from None
 
