@@ -10,6 +10,7 @@ import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from onward.atomic import (
     replace_checked,
     replace_file,
     system_errors,
+    why_less,
 )
 from onward.config import Config
 from onward.config.schema import MODELINE, SCHEMA, schema_text, write_config
@@ -234,3 +236,15 @@ def test_what_a_library_says_in_words_is_an_error_of_the_system(words: str, tmp_
         with pytest.raises(type(other)) as caught, system_errors(tmp_path):
             raise other
         assert other is caught.value
+
+
+@pytest.mark.parametrize(
+    ("files", "left", "expected"),
+    [(9, 0, "no more files (inodes) are left"), (9, 1, "a quota is used up"), (0, 0, "a quota is used up")],
+)
+def test_what_keeps_files_from_a_disk_with_room_is_told_apart(
+    files: int, left: int, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its count of files may be used up, or this user's quota; some file systems do not count files."""
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_files=files, f_favail=left))
+    assert expected == why_less(tmp_path)

@@ -90,6 +90,12 @@ def can_be_written(folder: Path, size: int) -> bool:
     return True
 
 
+def why_less(folder: Path) -> str:
+    """Return, in words, what keeps a file from a disk that has the bytes for it: its quota, or its count of files."""
+    disk = os.statvfs(folder)
+    return "no more files (inodes) are left" if disk.f_files and not disk.f_favail else "a quota is used up"
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Write `data` and force it to the disk; the caller's directory rename makes it visible."""
     with path.open("wb") as stream:

@@ -6,7 +6,7 @@ import shutil
 import time
 from typing import Any
 
-from onward.atomic import can_be_written
+from onward.atomic import can_be_written, why_less
 from onward.layout import RunLayout
 from onward.service.holder import beat_of, is_held, read_heartbeat, read_holder
 from onward.service.knowledge.table import read_table
@@ -47,7 +47,8 @@ def read_status(layout: RunLayout) -> dict[str, Any]:
         if held and free < FULL:  # its owner waits, and cannot even record that in the ledger
             state, stuck, hangs = "paused", f"the disk is full: {free / 1e6:.1f} MB free", False
         elif held and stuck and not can_be_written(layout.root, FULL):
-            state, stuck, hangs = "paused", "a quota is used up: nothing can be written, not even the ledger", False
+            why = why_less(layout.root)
+            state, stuck, hangs = "paused", f"{why}: nothing can be written, not even the ledger", False
         checkpoint = ledger.newest_checkpoint()
         current = next(reversed(ledger.files("training")), None)  # an earlier one's boundary is being committed
         committed = checkpoint.step if checkpoint else 0

@@ -209,6 +209,8 @@ def test_deaths_in_one_file_are_counted(run: Run, before: int, refused: int, sta
         ledger.put(state="training", died={"step": 4, "file": row.id, "count": before})
     assert refused == run.watch(once=True)
     assert {"10.jsonl": "done", "14.jsonl": state, "7.jsonl": "done"} == states(run)
+    reports = [path.read_text() for path in run.layout.rejected.glob("*.report.json")]
+    assert [True] * refused == ["lack of memory, as dmesg tells" in text for text in reports]
     assert run.verify().ok
 
 

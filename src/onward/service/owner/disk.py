@@ -8,7 +8,7 @@ import sqlite3
 import time
 from collections.abc import Callable
 
-from onward.atomic import can_be_written
+from onward.atomic import can_be_written, why_less
 from onward.errors import is_out_of_space
 from onward.service.owner.owned import Owned
 from onward.service.shown import IDLE, PAUSED
@@ -57,9 +57,9 @@ class DiskRoom:
             return
         owned, before = self._owned, self._owned.shown.state
         free, wanted = self._free(), self._with_margin(needed)
-        quota = ", but less can be written: a quota is used up" if free >= wanted else ""
+        less = f", but less can be written: {why_less(owned.layout.root)}" if free >= wanted else ""
         problem = (
-            f"the disk is too full: {free / 1e6:.0f} MB free{quota}, {wanted / 1e6:.0f} MB needed; goes on by itself"
+            f"the disk is too full: {free / 1e6:.0f} MB free{less}, {wanted / 1e6:.0f} MB needed; goes on by itself"
         )
         owned.shown.set(PAUSED, problem)
         owned.record("warning", problem, "paused")

@@ -31,6 +31,9 @@ from onward.store.lookup import typed
 from onward.store.rows import FileRow
 from onward.training.device.errors import is_device_lost, is_out_of_memory
 
+FIX = "fix it, then add it again; its content stays in archive/"
+"""What to do about a file that cannot be trained."""
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -153,18 +156,26 @@ def quarantine(layout: RunLayout, ledger: Ledger, row: FileRow, reason: str) -> 
     """
     row = _as_committed(layout, ledger, row)
     if row.state != "done":
-        _quarantine(layout, ledger, row, reason)
+        accept = f"onward accept {typed(row.name)}"
+        remedy = f"if the kernel killed it for lack of memory, as dmesg tells, give it more, then: {accept}; else {FIX}"
+        _quarantine(layout, ledger, row, reason, remedy=remedy)
 
 
 def _quarantine(
-    layout: RunLayout, ledger: Ledger, row: FileRow, reason: str, found: Sequence[dict[str, Any]] = ()
+    layout: RunLayout,
+    ledger: Ledger,
+    row: FileRow,
+    reason: str,
+    found: Sequence[dict[str, Any]] = (),
+    *,
+    remedy: str = FIX,
 ) -> None:
     """Move a file to quarantine, with a report in `rejected/`; the archive keeps it.
 
     Args:
         found: what the guard found, and the rows to look at.
     """
-    refusal = Refusal.of_training(row.name, reason, "fix it, then add it again; its content stays in archive/")
+    refusal = Refusal.of_training(row.name, reason, remedy)
     if found:
         way = f"onward accept {typed(row.name)} trains it anyway"
         refusal = Refusal.of_guard(row.name, found, way)

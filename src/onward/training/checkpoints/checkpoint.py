@@ -17,7 +17,15 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
-from onward.atomic import TEMPORARY_PREFIX, discard_tree, fsync_file, publish_directory, remove_tree, write_file
+from onward.atomic import (
+    TEMPORARY_PREFIX,
+    discard_tree,
+    fsync_file,
+    publish_directory,
+    remove_tree,
+    why_less,
+    write_file,
+)
 from onward.config import Config
 from onward.digest import canonical_json, sha256_json, xxh3_file
 from onward.errors import NEWER_RELEASE, NoSpace, NotMadeHere, Unreadable, VerificationFailed, is_out_of_space
@@ -168,7 +176,8 @@ def require_space(folder: Path, size: int) -> None:
 
 def _no_space(folder: Path, size: int) -> NoSpace:
     free = shutil.disk_usage(folder).free
-    here = f"{free / 1e6:.1f} MB are free" if free < size * SPACE_MARGIN else "less can be written: a quota is used up"
+    is_full = free < size * SPACE_MARGIN
+    here = f"{free / 1e6:.1f} MB are free" if is_full else f"less can be written: {why_less(folder)}"
     return NoSpace(
         f"the next checkpoint needs {size / 1e6:.1f} MB and {here}",
         where=folder,

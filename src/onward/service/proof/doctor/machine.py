@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from onward.atomic import can_be_written
+from onward.atomic import can_be_written, why_less
 from onward.config import Config
 from onward.config.text import read_config
 from onward.errors import ConfigError, OnwardError
@@ -98,7 +98,10 @@ def check_disk(layout: RunLayout) -> Iterator[Finding]:
     if free < needed + (config.disk_margin_mb << 20):
         level, hint = "error", "Free some space: training pauses until there is room for the next checkpoint"
     elif not can_be_written(layout.root, needed):
-        level, hint = "error", "Free some of your quota, which allows less: training pauses until there is room"
+        level, hint = (
+            "error",
+            f"Less can be written, as {why_less(layout.root)}: remove files; training pauses until then",
+        )
     elif free <= max(kept, LITTLE_DISK):
         level, hint = "warning", "Free some space, or lower keep_boundaries or keep_days"
     yield Finding(level, "disk", message, hint)
