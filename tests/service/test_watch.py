@@ -19,7 +19,7 @@ from onward import Run
 from onward.errors import RunLocked, UsageError
 from onward.service.holder import read_holder
 from onward.service.owner.incoming import SMALL_FILE
-from onward.service.wishes import AFTER_FILE
+from onward.service.wishes import AFTER_FILE, Wish, Wishes
 from onward.store.ledger import Ledger
 
 
@@ -176,7 +176,8 @@ def test_pause_and_resume(run: Run, model: Path, tmp_path: Path) -> None:
 
 
 def test_a_pause_outlasts_the_process(run: Run, tmp_path: Path) -> None:
-    """A daemon that is started again stays paused; to train in the foreground lifts the pause."""
+    """A daemon that is started again stays paused, unless it is asked to resume before it has begun; to train in the
+    foreground lifts the pause."""
     assert "begins paused" in run.pause()
     assert "paused" == run.status()["state"]
     rows_file(run.layout.inbox / "a.jsonl", 6)
@@ -186,8 +187,13 @@ def test_a_pause_outlasts_the_process(run: Run, tmp_path: Path) -> None:
     assert 0 == end(process)
     run.watch(once=True)
     assert [] == done(run)
-    run.train()
+    asked = Wishes()
+    asked.put(Wish("resume"))
+    run.watch(once=True, stop=asked)
     assert ["a.jsonl"] == done(run)
+    run.pause()
+    run.train()
+    assert "no process owns the run, and no file is waiting" == run.status()["doing"]
 
 
 def test_stop_after_the_file(run: Run, tmp_path: Path) -> None:

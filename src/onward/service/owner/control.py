@@ -136,7 +136,7 @@ class Control:
         self._answer(wish, f"paused at step {step}", note)
 
     def _resume(self, wish: Wish) -> None:
-        if not self.is_paused:
+        if not self.is_paused and self._ledger.get("paused") is None:  # asked before the process began, as paused
             self._answer(wish, "it was not paused")
             return
 
