@@ -18,6 +18,7 @@ from onward.cli.application import app
 from onward.errors import END_OTHERS, DeviceLost, OnwardError, UsageError, first_line, is_without_temporary
 from onward.store.waiting import is_held_by_others
 from onward.terminal import flush_results, give_up_unwritten, open_standard_streams, say
+from onward.text import without_module
 
 CommandLineError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])
 """`ClickException`, from click itself or from the copy of click inside typer."""
@@ -70,6 +71,12 @@ def _status_of(came: list[str], seen: Callable[[OnwardError], None]) -> int:
         return error.exit_status
     except sqlite3.DatabaseError as error:
         say(_about_ledger(error))
+        return 1
+    except ImportError as error:
+        lacking = without_module(error)
+        if lacking is None:
+            raise
+        say(f"onward: {lacking}")
         return 1
     except (OSError, MemoryError, RuntimeError) as error:
         words = _about_machine(error)
