@@ -17,6 +17,7 @@ from processes import apart
 from onward import startup
 from onward.layout import RunLayout
 from onward.store.ledger import Ledger, make_ledger
+from onward.text import without_module
 
 IMPORTS = """
 import gc, sys
@@ -266,3 +267,13 @@ def test_a_library_that_counts_what_is_left_is_recognised() -> None:
     bound = type("nb_type_0", (type,), {"__module__": "nanobind"})
     assert bound in type.__subclasses__(type)
     assert startup.counts_what_is_left()
+
+
+def test_a_python_that_was_built_without_a_library_is_named() -> None:
+    """Builds from source lack what had no headers: one line, and what to do. What pip installs is another matter."""
+    code = "import sys; sys.modules['_sqlite3'] = None; import onward.cli"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    what, hint = done.stderr.splitlines()
+    assert (1, f"onward: this Python lacks its module sqlite3 [{sys.executable}]") == (done.returncode, what)
+    assert "install that library with its headers" in hint
+    assert without_module(ModuleNotFoundError("No module named 'torch'", name="torch")) is None

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import math
 import shlex
+import sys
 import unicodedata
 from pathlib import PurePath
 from typing import Any, cast
 
 JOINERS = "\u200c\u200d"
 """Format characters of ordinary writing: Persian, the languages of India and emoji need them."""
+
+
+def without_module(error: ImportError) -> str | None:
+    """Return in words that Python itself lacks a part, as where it was built without a library; None for any other."""
+    if (error.name or "").partition(".")[0] not in sys.stdlib_module_names:
+        return None
+    name = str(error.name).lstrip("_")
+    return (
+        f"this Python lacks its module {name} [{sys.executable}]\n  It was built without a library that the module "
+        "needs: install that library with its headers and build Python again, or take the system's Python."
+    )
 
 
 def printable(text: str) -> str:

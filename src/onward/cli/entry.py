@@ -19,6 +19,7 @@ from onward.cli.application import app
 from onward.errors import END_OTHERS, DeviceLost, OnwardError, UsageError, first_line, is_without_temporary
 from onward.store.waiting import is_held_by_others
 from onward.terminal import flush_results, give_up_unwritten, open_standard_streams, say
+from onward.text import without_module
 
 CommandLineError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])
 """`ClickException`, from click itself or from the copy of click inside typer."""
@@ -103,6 +104,8 @@ def _require_directory() -> None:
 
 def _in_words(error: Exception) -> OnwardError | None:
     """Return what to print for an error that is none of Onward's own; None if nobody but its authors can mend it."""
+    if isinstance(error, ImportError) and (lacking := without_module(error)) is not None:
+        return OnwardError(lacking)
     if isinstance(error, OSError) and error.errno is None:  # the linker found no shared object
         return _about_library(error) or _about_machine(error)
     if isinstance(error, OSError | MemoryError | RuntimeError):

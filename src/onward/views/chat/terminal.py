@@ -5,6 +5,7 @@ A model's text is not trusted: control characters except line ends and tabs reac
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import sqlite3
 import sys
@@ -218,9 +219,10 @@ def typed_lines() -> Iterator[str]:
     if not sys.stdin.isatty():
         yield from sys.stdin
         return
-    import readline  # gives `input` line editing and a history of this session
+    with contextlib.suppress(ImportError):  # some builds of Python have none
+        import readline  # gives `input` line editing and a history of this session
 
-    readline.set_auto_history(True)
+        readline.set_auto_history(True)
     while True:
         try:
             yield input("> ")
