@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_gpu_page import GPU
 
 HERE = Path(__file__).parent
 SCRIPT = HERE / "emulated_runs.py"
@@ -36,7 +38,7 @@ def variables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     assert 0 == made.returncode, made.stderr
     paths = [str(HERE / "emulated"), str(folder), str(HERE.parent / "src"), str(HERE)]
     preloaded = {"LD_PRELOAD": str(folder / "early.so"), "PYTHONPATH": os.pathsep.join(paths)}
-    return {**os.environ, **preloaded, "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **preloaded, "OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 
 
 def seen(variables: dict[str, str], place: Path, what: str) -> dict[str, Any]:
@@ -73,3 +75,21 @@ def test_a_model_with_experts_and_a_device_without_room(variables: dict[str, str
     assert 2 == found["starts"]
     assert ["done", "done"] == found["states"]
     assert [] == found["faults"]
+
+
+def test_checks_of_a_gpu_end_there(variables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of `make gpu` that are quick with a tiny shape: each ends, and what has to be exact is."""
+    monkeypatch.syspath_prepend(GPU)
+    names = ["20 steps twice, lora, bfloat16", "failed recordings", "machine", "tiny, lora, on 24 GiB"]
+    path, records = os.pathsep.join((str(GPU), variables["PYTHONPATH"])), tmp_path / "records"
+    for check in importlib.import_module("suite").checks(tiny=True):
+        if check.name in names:
+            command = [sys.executable, "-W", "ignore", str(GPU / check.words[0]), *check.words[1:]]
+            own = {**variables, "PYTHONPATH": path, "ONWARD_GPU_RECORDS": str(records)}
+            outcome = subprocess.run(command, capture_output=True, text=True, env=own, check=False)
+            assert 0 == outcome.returncode, outcome.stderr
+    found = [json.loads(line) for line in records.read_text().splitlines()]
+    assert ["twice", "failed recording", "failed recording", "machine", "fits"] == [each["subject"] for each in found]
+    assert [True] * 3 == [each["equal"] for each in found[:3]]
+    assert found[0]["replays"] > 0
+    assert found[4]["fits"]
