@@ -109,6 +109,7 @@ class Lent {
   };
 
   static Tensor like(const Tensor& tensor, const c10::Storage& storage, c10::DispatchKey key) {
+    const c10::InferenceMode as_it_is(tensor.is_inference());
     Tensor made = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(storage), c10::DispatchKeySet(key), tensor.dtype());
     made.unsafeGetTensorImpl()->set_sizes_and_strides(tensor.sizes(), tensor.strides(), tensor.storage_offset());
     if (tensor.unsafeGetTensorImpl()->is_wrapped_number()) made.unsafeGetTensorImpl()->set_wrapped_number(true);
