@@ -1,6 +1,7 @@
 """Runs on a GPU for the tests in `gpu/`: a random model, rows of very different lengths, processes that are killed.
 
-With `ONWARD_GPU_TESTS=cpu` the same tests run on a CPU where they can: that checks the tests, and no kernel.
+With `ONWARD_GPU_TESTS=cpu` the same tests run on a CPU where they can: that checks the tests, and no kernel. With
+`emulated` their rows are as short, for a GPU that is emulated.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from onward.events import Committed, Event, FileStarted, StepTaken
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # else one that looked for a GPU cannot be forked
 
-ON_CPU = os.environ.get("ONWARD_GPU_TESTS") == "cpu"
+IS_SMALL, ON_CPU = "ONWARD_GPU_TESTS" in os.environ, os.environ.get("ONWARD_GPU_TESTS") == "cpu"
 DEVICE = torch.device("cpu" if ON_CPU else "cuda")
-LENGTHS = (5, 4000, 17, 300, 64, 1200, 129, 33) if not ON_CPU else (5, 400, 17, 30, 64, 120, 129, 33)
+LENGTHS = (5, 4000, 17, 300, 64, 1200, 129, 33) if not IS_SMALL else (5, 400, 17, 30, 64, 120, 129, 33)
 """Tokens of the rows of one batch."""
 HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from seen import seen_by
+from seen import TESTS, seen_by
+from test_gpu_page import GPU
 
-EMULATED = Path(__file__).parent / "emulated"
+EMULATED = TESTS / "emulated"
 STEPS = 12
 """Steps of each of three files."""
 HAS_COMPILER = shutil.which("c++") is not None and (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file()
@@ -35,10 +39,15 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def variables_of(device: Path) -> dict[str, str]:
+    """Return the variables of a process that has an emulated GPU, apart from its path."""
+    return {"LD_PRELOAD": str(device / "early.so"), "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+
+
 def seen(device: Path, place: Path, what: str) -> dict[str, Any]:
     """Return what a process with an emulated GPU saw (`tests/emulated_runs.py`), and what it said."""
-    early = {"LD_PRELOAD": str(device / "early.so")}
-    found, output = seen_by("emulated_runs.py", place, what, beside=[EMULATED, device], variables=early)
+    beside, variables = [EMULATED, device], variables_of(device)
+    found, output = seen_by("emulated_runs.py", place, what, beside=beside, variables=variables)
     return {**found, "output": output}
 
 
@@ -68,3 +77,24 @@ def test_a_model_with_experts_and_a_device_without_room(device: Path, tmp_path: 
     assert 2 == found["starts"]
     assert ["done", "done"] == found["states"]
     assert [] == found["faults"]
+
+
+def test_checks_of_a_gpu_end_there(device: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of `make gpu` that are quick with a tiny shape: each ends, and what has to be exact is."""
+    monkeypatch.syspath_prepend(GPU)
+    names = ["20 steps twice, lora, bfloat16", "failed recordings", "machine", "tiny, lora, on 24 GiB"]
+    paths, records = [GPU, TESTS.parent / "src", TESTS, EMULATED, device], tmp_path / "records"
+    variables = {
+        **os.environ, **variables_of(device), "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, paths)), "ONWARD_GPU_RECORDS": str(records),
+    }  # fmt: skip
+    for check in importlib.import_module("suite").checks(tiny=True):
+        if check.name in names:
+            command = [sys.executable, "-W", "ignore", str(GPU / check.words[0]), *check.words[1:]]
+            outcome = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
+            assert 0 == outcome.returncode, outcome.stderr
+    found = [json.loads(line) for line in records.read_text().splitlines()]
+    assert ["twice", "failed recording", "failed recording", "machine", "fits"] == [each["subject"] for each in found]
+    assert [True] * 3 == [each["equal"] for each in found[:3]]
+    assert found[0]["replays"] > 0
+    assert found[4]["fits"]

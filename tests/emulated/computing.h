@@ -1,36 +1,58 @@
 // Included by device.cpp: how every operation on the device is computed, recorded and replayed.
 
 struct Recording {
+  int64_t stream, pool;
+  std::thread::id thread;
+  c10::intrusive_ptr<Numbers> numbers;
   std::vector<Work> steps;
-  bool is_broken = false;
+  bool is_broken = false, has_ended = false;
 };
 
 std::shared_ptr<Recording> recording;
 int64_t waits_so_far = 0;
 int reaction = 0;  // to a wait, as `torch.cuda.set_sync_debug_mode`: 0 nothing, 1 warns, 2 raises
 
+bool is_recorded() { return recording && recording->stream == current_stream; }
+
+int64_t pool_of_recording() { return is_recorded() ? recording->pool : 0; }
+
 struct Graph {
   std::shared_ptr<Recording> recorded;
-  void begin() {
+  void begin(int64_t pool) {
     TORCH_CHECK(!recording, "another recording is under way");
-    recorded = recording = std::make_shared<Recording>();
+    TORCH_CHECK(current_stream != 0, "CUDA graphs must be captured on a non-default stream.");
+    TORCH_CHECK(taken_from.insert(pool).second, "beginAllocateToPool: already recording to mempool_id");
+    pools[pool].users++;
+    const auto numbers = numbers_of(default_generator());
+    numbers->is_recorded = true;
+    recorded = recording = std::make_shared<Recording>(Recording{current_stream, pool, std::this_thread::get_id(), numbers});
   }
   void end() {
     TORCH_CHECK(recording && recording == recorded, "this recording is not under way");
     recording.reset();
     TORCH_CHECK(!recorded->is_broken, "CUDA error: operation failed due to a previous error during capture");
+    end_pool(recorded->pool);
+    recorded->numbers->is_recorded = false;
+    recorded->has_ended = true;
   }
   void replay() {
-    TORCH_CHECK(recorded, "nothing was recorded");
+    TORCH_CHECK(recorded && recorded->has_ended, "nothing was recorded");
+    TORCH_CHECK(!is_recorded(), "a replay cannot be recorded");
     for (const Work& step : recorded->steps) step();
   }
-  void reset() { recorded.reset(); }
+  void reset() {
+    if (recorded && recorded->has_ended) release_pool(recorded->pool);
+    recorded.reset();
+  }
+  ~Graph() { reset(); }
 };
 
+// While something is recorded, nothing of its stream and nothing in its thread may wait; other threads may.
 void wait_for_device(const std::string& name) {
   waits_so_far++;
-  if (recording) recording->is_broken = true;
-  TORCH_CHECK(!recording, "CUDA error: operation not permitted when stream is capturing (", name, ")");
+  const bool is_refused = is_recorded() || (recording && recording->thread == std::this_thread::get_id());
+  if (is_refused) recording->is_broken = true;
+  TORCH_CHECK(!is_refused, "CUDA error: operation not permitted when stream is capturing (", name, ")");
   TORCH_CHECK(reaction != 2, "called a synchronizing CUDA operation (", name, ")");
   if (reaction == 1) TORCH_WARN("called a synchronizing CUDA operation (", name, ")");
   finish(current_stream);
@@ -83,10 +105,11 @@ class Lent {
  private:
   struct Counted {
     c10::Storage storage;
-    int64_t bytes;
+    int64_t bytes, pool;
   };
 
   static Tensor like(const Tensor& tensor, const c10::Storage& storage, c10::DispatchKey key) {
+    const c10::InferenceMode as_it_is(tensor.is_inference());
     Tensor made = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(storage), c10::DispatchKeySet(key), tensor.dtype());
     made.unsafeGetTensorImpl()->set_sizes_and_strides(tensor.sizes(), tensor.strides(), tensor.storage_offset());
     if (tensor.unsafeGetTensorImpl()->is_wrapped_number()) made.unsafeGetTensorImpl()->set_wrapped_number(true);
@@ -98,12 +121,13 @@ class Lent {
   static c10::Storage counted(const Tensor& host) {
     auto* storage = host.storage().unsafeGetStorageImpl();
     const int64_t bytes = storage->nbytes();
-    take(bytes);
+    const int64_t pool = take(bytes);
     auto drop = [](void* context) {
-      used -= static_cast<Counted*>(context)->bytes;
-      delete static_cast<Counted*>(context);
+      auto* counted = static_cast<Counted*>(context);
+      give_back(counted->bytes, counted->pool);
+      delete counted;
     };
-    c10::DataPtr memory(storage->mutable_data(), new Counted{host.storage(), bytes}, drop, kGpu);
+    c10::DataPtr memory(storage->mutable_data(), new Counted{host.storage(), bytes, pool}, drop, kGpu);
     return c10::Storage({}, bytes, std::move(memory), &device_memory, true);
   }
 
@@ -185,7 +209,7 @@ void compute(const c10::OperatorHandle& operation, c10::DispatchKeySet, Stack* s
       return tensor.defined() && tensor.is_cuda() ? lent.to_host(tensor) : tensor;
     }));
   torch::jit::drop(*stack, given.size());
-  if (is_copy && current_stream != 0 && !must_wait && !recording) {
+  if (is_copy && current_stream != 0 && !must_wait && !is_recorded()) {
     put_off(current_stream, [operation, arguments] {
       Stack later = arguments;
       call(operation, &later);
@@ -199,7 +223,7 @@ void compute(const c10::OperatorHandle& operation, c10::DispatchKeySet, Stack* s
   };
   Stack results = arguments;
   run(&results);
-  if (recording) {
+  if (is_recorded()) {
     std::vector<Tensor> kept;
     for (const IValue& value : results)
       each_tensor(value, [&](const Tensor& result) { kept.push_back(lent.is_new(result) ? result : Tensor()); });

@@ -9,12 +9,13 @@
 #include <dlfcn.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
+#include <unistd.h>
 
-#include <atomic>
 #include <deque>
 #include <map>
 #include <mutex>
 #include <set>
+#include <thread>
 #include <unordered_map>
 
 using at::IValue;
@@ -26,69 +27,14 @@ namespace {
 const c10::Device kGpu(c10::kCUDA, 0);
 std::recursive_mutex device_mutex, doing_mutex;
 
-// Memory: counted, limited, and filled with bytes that are no useful numbers.
+#include "memory.h"
 
-std::atomic<int64_t> used{0}, peak{0}, total{int64_t(4) << 30};
-
-void take(int64_t bytes) {
-  TORCH_CHECK_WITH(OutOfMemoryError, used + bytes <= total, "CUDA out of memory. (emulated)");
-  const int64_t now = (used += bytes);
-  int64_t most = peak;
-  while (now > most && !peak.compare_exchange_weak(most, now)) {
-  }
-}
-
-struct Block {
-  void* memory;
-  int64_t bytes;
-};
-
-struct DeviceMemory final : c10::Allocator {
-  c10::DataPtr allocate(size_t bytes) override {
-    if (bytes == 0) return {nullptr, nullptr, [](void*) {}, kGpu};
-    take(bytes);
-    void* memory = std::aligned_alloc(512, (bytes + 511) / 512 * 512);
-    std::memset(memory, 0x7b, bytes);
-    auto free = [](void* context) {
-      auto* block = static_cast<Block*>(context);
-      used -= block->bytes;
-      std::free(block->memory);
-      delete block;
-    };
-    return {memory, new Block{memory, int64_t(bytes)}, free, kGpu};
-  }
-  void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
-} device_memory;
-
-std::map<const char*, size_t> pinned;
-
-bool is_pinned(const void* place) {
-  std::lock_guard<std::recursive_mutex> lock(device_mutex);
-  auto after = pinned.upper_bound(static_cast<const char*>(place));
-  if (after == pinned.begin()) return false;
-  --after;
-  return static_cast<const char*>(place) < after->first + after->second;
-}
-
-struct PinnedMemory final : c10::Allocator {
-  c10::DataPtr allocate(size_t bytes) override {
-    void* memory = std::aligned_alloc(512, (bytes + 512) / 512 * 512);
-    std::lock_guard<std::recursive_mutex> lock(device_mutex);
-    pinned[static_cast<const char*>(memory)] = std::max<size_t>(bytes, 1);
-    auto free = [](void* memory) {
-      std::lock_guard<std::recursive_mutex> lock(device_mutex);
-      pinned.erase(static_cast<const char*>(memory));
-      std::free(memory);
-    };
-    return {memory, memory, free, c10::Device(c10::kCPU)};
-  }
-  void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
-} pinned_memory;
-
-// Random numbers: a generator whose state can be exchanged, as recordings need it.
+// Random numbers: a generator whose state can be exchanged, as recordings need it. A recording that failed on the device
+// leaves its state unusable.
 
 struct Numbers : c10::intrusive_ptr_target {
   at::Generator host = at::detail::createCPUGenerator(67280421310721ULL);
+  bool is_recorded = false;
 };
 
 struct DeviceGenerator final : c10::GeneratorImpl {
@@ -129,6 +75,7 @@ c10::intrusive_ptr<Numbers> numbers_of(const at::Generator& generator) {
 
 // Kernels of a CPU draw from the process's generator if they are given none: it has the device's state meanwhile.
 void drawing_from(const c10::intrusive_ptr<Numbers>& numbers, const Work& work) {
+  TORCH_CHECK(numbers->is_recorded == (pool_of_recording() != 0), "Offset increment outside graph capture encountered unexpectedly.");
   auto* process = at::detail::getDefaultCPUGenerator().unsafeGetGeneratorImpl();
   auto* device = numbers->host.unsafeGetGeneratorImpl();
   const auto before = process->get_state();
@@ -270,17 +217,28 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   c10::SetAllocator(c10::kCUDA, &device_memory);
   *static_cast<void**>(dlsym(RTLD_DEFAULT, "emulated_hooks")) = as_interface;
   module.def("default_generator", [] { return default_generator(); });
-  module.def("memory", [] { return std::make_tuple(used.load(), peak.load(), total.load()); });
-  module.def("set_total", [](int64_t bytes) { total = bytes; });
-  module.def("reset_peak", [] { peak = used.load(); });
+  module.def("begin_to_use", &begin_to_use);
+  module.def("is_used", [] { return is_begun && owner == getpid(); });
+  module.def("ask", &ask);
+  module.def("memory", [] { return std::make_tuple(used, peak, total); });
+  module.def("set_total", [](int64_t bytes) { total = allowed = bytes; });
+  module.def("set_share", [](double share) { allowed = int64_t(share * double(total)); });
+  module.def("reset_peak", [] { peak = used; });
+  module.def("pools", [] {
+    std::map<int64_t, int64_t> sizes;
+    for (const auto& [number, pool] : pools) sizes[number] = pool.most;
+    return sizes;
+  });
+  module.def("end_pool", &end_pool);
+  module.def("release_pool", &release_pool);
   module.def("synchronize", [] { finish_all(); });
   module.def("put_off", [] { return put_off_so_far; });
   module.def("waits", [] { return waits_so_far; });
   module.def("reaction", [] { return reaction; });
   module.def("set_reaction", [](int value) { reaction = value; });
-  module.def("is_recording", [] { return bool(recording); });
+  module.def("is_recording", &is_recorded);
   module.def("also_recorded", [](py::function work) {
-    if (recording) recording->steps.push_back([work] { py::gil_scoped_acquire gil; work(); });
+    if (is_recorded()) recording->steps.push_back([work] { py::gil_scoped_acquire gil; work(); });
   });
   py::class_<Graph>(module, "Graph")
       .def(py::init<>())

@@ -142,6 +142,13 @@ def product(left: Any, right: Any, out_dtype: torch.dtype) -> torch.Tensor:
     return left.to(out_dtype) @ right.to(out_dtype)
 
 
+def added_product(
+    total: Any, left: Any, right: Any, out_dtype: torch.dtype, *, beta: float = 1, alpha: float = 1, out: Any
+) -> torch.Tensor:
+    """`aten::addmm.dtype_out`."""
+    return out.copy_(torch.addmm(total.to(out_dtype), left.to(out_dtype), right.to(out_dtype), beta=beta, alpha=alpha))
+
+
 def histogram(values: Any, bins: int = 100, min: float = 0, max: float = 0) -> torch.Tensor:
     """`aten::histc`, which adds in any order on CUDA."""
     if torch.are_deterministic_algorithms_enabled():
@@ -157,6 +164,7 @@ def register() -> None:
     LIBRARY.impl("_flash_attention_forward", attention, "CUDA")
     LIBRARY.impl("_flash_attention_backward", attention_gradients, "CUDA")
     LIBRARY.impl("mm.dtype", product, "CUDA")
+    LIBRARY.impl("addmm.dtype_out", added_product, "CUDA")
     LIBRARY.impl("histc", histogram, "CUDA")
     for key in ("AutogradCUDA", "CUDA"):
         LIBRARY.impl("scaled_dot_product_attention", masked_attention, key)

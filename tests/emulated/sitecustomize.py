@@ -8,18 +8,21 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+FOLLOWED = {"torch": "show", "onward.training.layers.decoder_parts": "give_kernels"}
+"""Modules, and the function of `face` that follows when each was loaded."""
 
-class AfterTorch:
-    """Finds PyTorch like everybody else; what is loaded is followed by `face.show`."""
+
+class After:
+    """Finds modules like everybody else; what is loaded is followed by a function."""
 
     @staticmethod
     def find_spec(name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Return PyTorch's spec, once."""
+        """Return the spec of a module that is followed, once."""
         del path, target
-        if name != "torch":
+        then = FOLLOWED.pop(name, None)
+        if then is None:
             return None
-        sys.meta_path.remove(AfterTorch)
-        spec = importlib.util.find_spec("torch")
+        spec = importlib.util.find_spec(name)
         assert spec is not None
         assert spec.loader is not None
         load = spec.loader.exec_module
@@ -28,10 +31,10 @@ class AfterTorch:
             load(module)
             import face
 
-            face.show()
+            getattr(face, then)(module)
 
         spec.loader.exec_module = exec_module
         return spec
 
 
-sys.meta_path.insert(0, AfterTorch)
+sys.meta_path.insert(0, After)
