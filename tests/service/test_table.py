@@ -54,6 +54,12 @@ def test_the_figures_are_those_of_their_formulas() -> None:
     assert [1, 2, 3, None] == [file["position"] for file in found["files"]]
     assert [0, 1, 2, 3] == found["after"]
     assert [0.0, 0.1, None, 0.3] == found["anchor"]
+    both = replace(TABLE, scores=[*TABLE.scores[:-1], TABLE.scores[-1] | {"b": score(3.5)}])
+    worst = {"mean": 0.75, "worst": 1.0, "file": 1, "by_file": {"1": 1.0, "2": 0.5}}
+    assert worst == both.to_dict()["forgetting"]
+    known = replace(TABLE, scores=[TABLE.scores[0] | {"a": score(1.0)}, *TABLE.scores[1:]])
+    same = [(table.forgotten(), table.forgotten_share()) for table in (TABLE, known)]
+    assert same[0] == same[1], "what the base knew better was not forgotten by a file after it"
     begun = replace(TABLE, columns=[*TABLE.columns, D], scores=[*TABLE.scores[:-1], TABLE.scores[-1] | {"d": D_BEFORE}])
     now = begun.to_dict()
     assert [9.5, None] == [now["loss"][3][4], now["loss"][0][4]]

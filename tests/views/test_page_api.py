@@ -350,6 +350,8 @@ def test_several_runs_are_listed_and_kept_apart(tmp_path: Path) -> None:
         other.ledger.rename(tmp_path / "away")
         states = {run["title"]: run["error"] is None for run in page.get("/api/runs")}
         assert {"one": True, "the other": False} == states
+        lines = page.ask("GET", "/metrics", headers=page.bearer).body.decode().splitlines()
+        assert {'onward_problem{run="one"} 0.0', 'onward_problem{run="the-other"} 1.0'} <= set(lines)
         assert 400 <= page.ask("GET", "/runs/the-other/api/status", headers=page.bearer).status < 600
 
 

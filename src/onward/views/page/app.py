@@ -117,10 +117,13 @@ class _Everything:
         return [{"name": name, "title": route.run.title, **_status(route)} for name, route in self._routes.items()]
 
     def _metrics(self) -> str:
-        statuses = {
-            name: found["status"] for name, route in self._routes.items() if (found := _status(route))["status"]
-        }
-        return exposition(statuses, {name: self._routes[name].reader.states() for name in statuses})
+        statuses: dict[str, dict[str, Any]] = {}
+        files: dict[str, dict[str, int]] = {}
+        for name, route in self._routes.items():
+            with contextlib.suppress(OnwardError, sqlite3.Error, OSError):
+                found, counted = route.reader.status(), route.reader.states()
+                statuses[name], files[name] = found, counted
+        return exposition(statuses, files, [name for name in self._routes if name not in statuses])
 
 
 def _status(route: RunRoutes) -> dict[str, Any]:

@@ -23,12 +23,15 @@ GAUGES = {
 """Keys of `onward status --json` with the name and the help of their metric."""
 
 
-def exposition(statuses: Mapping[str, Mapping[str, Any]], files: Mapping[str, Mapping[str, int]]) -> str:
+def exposition(
+    statuses: Mapping[str, Mapping[str, Any]], files: Mapping[str, Mapping[str, int]], unreadable: Iterable[str] = ()
+) -> str:
     """Return the metrics of runs, given by name; missing values are left out.
 
     Args:
         statuses: as `onward status --json` prints them.
         files: how many files of each run are in which state.
+        unreadable: runs that cannot be read, which is a problem in itself.
     """
     lines: list[str] = []
     for key, (name, meaning) in GAUGES.items():
@@ -40,6 +43,7 @@ def exposition(statuses: Mapping[str, Mapping[str, Any]], files: Mapping[str, Ma
     ]  # fmt: skip
     lines += _family("onward_state", "1 for the state that the run is in.", states)
     problems = [({"run": run}, int(status["problem"] is not None)) for run, status in statuses.items()]
+    problems += [({"run": run}, 1) for run in unreadable]
     lines += _family("onward_problem", "1 if something keeps the run from going on.", problems)
     counts = [({"run": run, "state": state}, count) for run, found in files.items() for state, count in found.items()]
     lines += _family("onward_files", "Files by state.", counts)
