@@ -37,7 +37,7 @@ class _Version:
 
 _ONE = _Version(("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_active_file", "total_inactive_file"))
 _TWO = _Version(("memory.max", "memory.high"), "memory.current", ("active_file", "inactive_file"))
-"""Above `memory.high`, systemd's MemoryHigh, the kernel takes memory away and slows processes until they hardly move."""
+"""Above `memory.high`, systemd's MemoryHigh, the kernel slows processes until they hardly move."""
 
 
 def read_limits(groups: Path = GROUPS, trees: Path = TREES) -> list[Limit]:

@@ -109,7 +109,7 @@ def _require_weights(path: Path) -> None:
     """Refuse a folder without whole weights, with the command that merges or renames them.
 
     Raises:
-        UsageError: they are in shards, empty, in folders below, under names that transformers does not read, or nowhere.
+        UsageError: they are in shards, empty, in folders below, under other names, or nowhere.
     """
     whole = [file for pattern in _WHOLE for file in sorted(path.glob(pattern))]
     if any(map(_is_emptied, whole)):
