@@ -94,6 +94,10 @@ def test_weights_in_shards_are_refused_with_the_command_that_joins_them(tool: st
         "FSDP": f"accelerate merge-weights '{folder}/pytorch_model_fsdp_0' '{folder}'",
     }
     assert f"{expected[tool]}; then: onward adopt '{folder}' --run NEW_RUN --fresh-moments" in str(caught.value.hint)
+    (folder / "optimizer_0").mkdir()
+    with pytest.raises(UsageError) as caught:
+        open_folder(folder, fresh=False)
+    assert f"{expected[tool]}; then adopt again" in str(caught.value.hint)
 
 
 def test_shards_of_fsdp_are_adopted_after_the_commands_that_are_named(model: Path, tmp_path: Path) -> None:

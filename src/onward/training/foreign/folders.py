@@ -174,11 +174,10 @@ def _emptied(path: Path) -> UsageError:
 
 
 def _in_shards(tool: str, path: Path, command: str) -> UsageError:
-    return UsageError(
-        f"{tool} wrote the weights of this checkpoint in shards",
-        where=path,
-        hint=f"Merge them: {command}; then: {fresh_command(path)}",
-    )
+    has_moments = (path / FULL_OPTIMIZER).is_file() or next(path.glob("optimizer_*/"), None)  # FSDP's
+    then = "then adopt again" if has_moments else f"then: {fresh_command(path)}"
+    what = f"{tool} wrote the weights of this checkpoint in shards"
+    return UsageError(what, where=path, hint=f"Merge them: {command}; {then}")
 
 
 def _without_optimizer(path: Path) -> UsageError:
