@@ -15,16 +15,16 @@ import tiny
 import torch
 from accelerate.utils import merge_fsdp_weights
 from commands import onward
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from states import read_state
 from stock import STEPS, Saved
 from torch.distributed import checkpoint as sharded
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from onward import Run
-from onward.errors import UsageError
+from onward.errors import DamagedState, UsageError
 from onward.training.foreign.folders import open_folder
-from onward.training.model.adapter_config import read_adapter
+from onward.training.model.adapter_config import adapter_settings, read_adapter
 
 SETTINGS: dict[str, Any] = {"evaluation": {"share": 0}, "max_length": 128}
 
@@ -94,6 +94,10 @@ def test_weights_in_shards_are_refused_with_the_command_that_joins_them(tool: st
         "FSDP": f"accelerate merge-weights '{folder}/pytorch_model_fsdp_0' '{folder}'",
     }
     assert f"{expected[tool]}; then: onward adopt '{folder}' --run NEW_RUN --fresh-moments" in str(caught.value.hint)
+    (folder / "optimizer_0").mkdir()
+    with pytest.raises(UsageError) as caught:
+        open_folder(folder, fresh=False)
+    assert f"{expected[tool]}; then adopt again" in str(caught.value.hint)
 
 
 def test_shards_of_fsdp_are_adopted_after_the_commands_that_are_named(model: Path, tmp_path: Path) -> None:
@@ -115,6 +119,47 @@ def test_shards_of_fsdp_are_adopted_after_the_commands_that_are_named(model: Pat
     run = Run.adopt(folder, tmp_path / "run", str(model), fresh_moments=True)
     assert 5 == run.status()["global_step"]
     stock.assert_equal(weights, stock.trained(stock.open_state(tmp_path / "run").model))
+
+
+@pytest.mark.parametrize(
+    ("files", "what", "way_out"),
+    [
+        (["epoch_0/adapter_config.json"], "adapters are in folders: epoch_0", "/epoch_0 --run NEW_RUN --fresh-moments"),
+        ([".metadata", "__0_0.distcp"], r"torch\.distributed\.checkpoint wrote the weights", "dcp_to_torch"),
+        (["ft-model-00001-of-00001.safetensors"], "does not read weights of this name: ft-model", "Rename them"),
+        (["README.md"], "there are no weights", "Name a folder with model.safetensors"),
+    ],
+)
+def test_a_folder_without_weights_to_read_is_refused_by_what_it_has(
+    files: list[str], what: str, way_out: str, tmp_path: Path
+) -> None:
+    """Epochs of torchtune, shards without FSDP's names, weights under other names, and none at all."""
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    for fresh in (False, True):
+        with pytest.raises(UsageError, match=what) as caught:
+            open_folder(tmp_path, fresh=fresh)
+        assert way_out in str(caught.value.hint)
+
+
+def test_weights_that_deepspeed_left_without_numbers_are_refused(checkpoint: Path) -> None:
+    """Its third stage saves names alone unless it is told to gather; that is the way out."""
+    path = checkpoint / "adapter_model.safetensors"
+    save_file({name: torch.zeros(0) for name in load_file(path)}, path)
+    with pytest.raises(UsageError, match="its weights are without numbers") as caught:
+        open_folder(checkpoint, fresh=True)
+    assert "stage3_gather_16bit_weights_on_model_save" in str(caught.value.hint)
+
+
+def test_an_adapter_that_names_no_dropout_has_the_default_of_peft(checkpoint: Path) -> None:
+    """torchtune writes only what it sets; without a rank nothing is known."""
+    values = read_adapter(checkpoint)
+    del values["lora_dropout"]
+    assert 0.0 == adapter_settings(values)["lora.dropout"]
+    del values["r"]
+    with pytest.raises(DamagedState, match="does not say 'r'"):
+        adapter_settings(values)
 
 
 def test_moments_of_deepspeed_are_refused_by_name(checkpoint: Path) -> None:

@@ -61,7 +61,9 @@ def group(folder: Path, version: tuple[str, str, str], limit: str, used: int, fi
 def test_every_limit_above_a_process_holds(
     lines: str, groups: Mapping[str, tuple[tuple[str, str, str], str]], expected: list[int], tmp_path: Path
 ) -> None:
-    """Of either version, and of every group up to the root; pages of files do not count as used."""
+    """Of either version, hard or one above which the kernel slows processes down, and of every group up to the root;
+    pages of files do not count as used.
+    """
     (tmp_path / "cgroup").write_text(lines)
     trees = tmp_path / "fs"
     trees.mkdir()
@@ -73,6 +75,10 @@ def test_every_limit_above_a_process_holds(
     assert expected == [limit.total // GIB for limit in found]
     assert {300} >= {limit.used for limit in found}
     assert [] == read_limits(tmp_path / "none", trees)
+    if groups == {"": (TWO, str(8 * GIB))}:  # where the second version slows processes down
+        for high, least in (("max", 8), (str(5 * GIB), 5), (str(9 * GIB), 8)):
+            (trees / "memory.high").write_text(f"{high}\n")
+            assert [least] == [limit.total // GIB for limit in read_limits(tmp_path / "cgroup", trees)]
 
 
 @pytest.mark.parametrize(("used", "stat", "expected"), [(900, "file 800\n", 900), (900, "inactive_file 901\n", 0)])

@@ -30,13 +30,14 @@ class Limit:
 
 @dataclass(frozen=True)
 class _Version:
-    limit: str
+    limits: tuple[str, ...]
     usage: str
     file_pages: tuple[str, ...]
 
 
-_ONE = _Version("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file"))
-_TWO = _Version("memory.max", "memory.current", ("active_file", "inactive_file"))
+_ONE = _Version(("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_active_file", "total_inactive_file"))
+_TWO = _Version(("memory.max", "memory.high"), "memory.current", ("active_file", "inactive_file"))
+"""Above `memory.high`, systemd's MemoryHigh, the kernel slows processes until they hardly move."""
 
 
 def read_limits(groups: Path = GROUPS, trees: Path = TREES) -> list[Limit]:
@@ -75,14 +76,24 @@ def _folders(controller: str, groups: Path, trees: Path) -> Iterator[tuple[Path,
 
 
 def _memory(folder: Path, version: _Version) -> Limit | None:
+    limits = [limit for limit in (_bytes(folder / name) for name in version.limits) if limit is not None]
+    if not limits:  # the rest is read only for a limit
+        return None
     try:
-        total = int((folder / version.limit).read_text())  # "max" is no number: the rest is read only for a limit
         used = int((folder / version.usage).read_text())
         stat = dict(line.split(" ", 1) for line in (folder / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # it has no limit of its own, or it went away
+    except (OSError, ValueError):  # it went away
         return None
     pages = sum(int(stat.get(name, 0)) for name in version.file_pages)
-    return Limit(total, max(0, used - pages))
+    return Limit(min(limits), max(0, used - pages))
+
+
+def _bytes(file: Path) -> int | None:
+    """Return the number in a file; None for "max", and without the file."""
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def _processors(folder: Path, is_first: bool) -> float | None:

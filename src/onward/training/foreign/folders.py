@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+
+from safetensors import SafetensorError, safe_open
 
 from onward.errors import UsageError
 from onward.layout import MANIFEST, RunLayout
@@ -18,6 +21,8 @@ from onward.training.model.base import ADAPTER_CONFIG
 FULL_OPTIMIZER = "optimizer.bin"
 """The whole optimizer state by parameter name, as FSDP's full state dict is saved."""
 FRESH = "--fresh-moments"
+MERGE = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
+"""The command that makes one file of shards."""
 _WHOLE = ("model*.safetensors", "pytorch_model.bin*", "pytorch_model-*.bin", ADAPTER_WEIGHTS, "adapter_model.bin")
 
 
@@ -101,8 +106,15 @@ def _read_state(path: Path) -> Mapping[str, Any]:
 
 
 def _require_weights(path: Path) -> None:
-    """Refuse a folder with sharded weights, with the command that merges them."""
-    if any(next(path.glob(pattern), None) for pattern in _WHOLE):
+    """Refuse a folder without whole weights, with the command that merges or renames them.
+
+    Raises:
+        UsageError: they are in shards, empty, in folders below, under other names, or nowhere.
+    """
+    whole = [file for pattern in _WHOLE for file in sorted(path.glob(pattern))]
+    if any(map(_is_emptied, whole)):
+        raise _emptied(path)
+    if whole:
         if not ((path / ADAPTER_CONFIG).is_file() or (path / "config.json").is_file()):
             hint = (
                 f"Copy it from the model that it was made from: cp BASE/config.json {quoted(path)}; then adopt again."
@@ -112,6 +124,9 @@ def _require_weights(path: Path) -> None:
     named = sorted(folder for folder in path.glob("*/") if (folder / ADAPTER_CONFIG).is_file())
     if named:
         names = ", ".join(printable(folder.name) for folder in named)
+        if not any((path / name).is_file() for name in (OPTIMIZER, FULL_OPTIMIZER)):  # such as torchtune's epochs
+            hint = f"Name one of them: {fresh_command(named[-1])}"
+            raise UsageError(f"its adapters are in folders: {names}", where=path, hint=hint)
         command = f"cp {quoted(named[0])}/* {quoted(path)}"
         hint = f"Copy the one that was trained next to {OPTIMIZER}: {command}; then adopt again."
         raise UsageError(f"its adapter has its own name, and a folder: {names}", where=path, hint=hint)
@@ -127,22 +142,49 @@ def _require_weights(path: Path) -> None:
     shards = sorted(path.glob("pytorch_model_fsdp_*/"))
     if shards:
         raise _in_shards("FSDP", path, f"accelerate merge-weights {quoted(shards[0])} {quoted(path)}")
+    if next(path.glob("*.distcp"), None):
+        command = f"{MERGE} {quoted(path)} FILE.pt, and save_pretrained of the model with what is in it"
+        raise _in_shards("torch.distributed.checkpoint", path, command)
+    others = [printable(file.name) for file in sorted(path.glob("*.safetensors"))]
+    names = "model.safetensors, or model-00001-of-0000N.safetensors with model.safetensors.index.json"
+    if others:
+        what, hint = f"transformers does not read weights of this name: {others[0]}", f"Rename them: {names}."
+    else:
+        what, hint = "there are no weights", f"Name a folder with {names}, or with {ADAPTER_WEIGHTS}."
+    raise UsageError(what, where=path, hint=hint)
+
+
+def _is_emptied(file: Path) -> bool:
+    """Whether a file's tensors are without numbers; one that is damaged is reported later."""
+    if file.suffix != ".safetensors":
+        return False
+    with contextlib.suppress(OSError, SafetensorError), safe_open(file, framework="pt") as opened:
+        names: list[str] = list(opened.keys())
+        return bool(names) and all(0 in opened.get_slice(name).get_shape() for name in names)
+    return False
+
+
+def _emptied(path: Path) -> UsageError:
+    """Return the refusal of weights of which DeepSpeed's third stage left only the names."""
+    hint = (
+        "DeepSpeed kept them in its shards. Resume there with stage3_gather_16bit_weights_on_model_save: true and save "
+        "again, then adopt that."
+    )
+    return UsageError("its weights are without numbers", where=path, hint=hint)
 
 
 def _in_shards(tool: str, path: Path, command: str) -> UsageError:
-    return UsageError(
-        f"{tool} wrote the weights of this checkpoint in shards",
-        where=path,
-        hint=f"Merge them: {command}; then: {fresh_command(path)}",
-    )
+    has_moments = (path / FULL_OPTIMIZER).is_file() or next(path.glob("optimizer_*/"), None)  # FSDP's
+    then = "then adopt again" if has_moments else f"then: {fresh_command(path)}"
+    what = f"{tool} wrote the weights of this checkpoint in shards"
+    return UsageError(what, where=path, hint=f"Merge them: {command}; {then}")
 
 
 def _without_optimizer(path: Path) -> UsageError:
     """Return the refusal of a folder without a readable optimizer file."""
     sharded = next(iter(sorted(path.glob("optimizer_*/"))), None)
     if sharded is not None and next(sharded.glob("*.distcp"), None):
-        program = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
-        command = f"{program} {quoted(sharded)} {quoted(path / FULL_OPTIMIZER)}"
+        command = f"{MERGE} {quoted(sharded)} {quoted(path / FULL_OPTIMIZER)}"
         return UsageError(
             "FSDP wrote the optimizer's state in shards",
             where=sharded,

@@ -33,8 +33,10 @@ KEYS: Mapping[str, str] = {
 }
 """Fields of PEFT's LoRA, and the config keys that they become. One whose key this release lacks is refused by name."""
 
-ALWAYS = ("r", "lora_alpha", "lora_dropout", "target_modules")
-"""Fields that every adapter has."""
+ALWAYS = ("r", "lora_alpha", "target_modules")
+"""Fields that every adapter has; torchtune leaves out others, for which PEFT has a default."""
+
+DROPOUT = "lora_dropout"
 
 LISTS = ("layers_to_transform",)
 """Fields that may be one number instead of a list."""
@@ -111,10 +113,10 @@ def _holds_biases(weights: Path) -> bool:
 def adapter_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the config keys that an adapter's config becomes."""
     try:
-        taken = {KEYS[name]: values[name] for name in ALWAYS}
+        taken = {KEYS[name]: values[name] for name in ALWAYS} | {KEYS[DROPOUT]: values.get(DROPOUT, 0.0)}
     except KeyError as error:
         raise DamagedState(f"{ADAPTER_CONFIG} does not say {error}", where=ADAPTER_CONFIG) from None
-    others = [name for name in KEYS if name not in ALWAYS and not _is_default(name, values.get(name))]
+    others = [name for name in KEYS if name not in (*ALWAYS, DROPOUT) and not _is_default(name, values.get(name))]
     taken |= {KEYS[name]: values[name] for name in others}
     for name in LISTS:
         if isinstance(value := taken.get(KEYS[name]), int):
