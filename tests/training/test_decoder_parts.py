@@ -18,6 +18,7 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from onward.training.layers import decoder_parts
+from onward.training.layers.decoder_nodes import rotated
 from onward.training.layers.decoder_parts import form_of, fuse_parts, is_gated, kernels_work, rotating
 
 SIZES = {
@@ -201,3 +202,9 @@ def test_kernels_that_find_no_room_are_not_replaced(
     works: Any = vars(decoder_parts)["_try"].__wrapped__
     with pytest.raises(OSError, match="no") if is_raised else contextlib.nullcontext():
         assert not works(torch.device("cpu"))
+
+
+def test_a_rotation_that_is_called_in_another_way_stays_as_it_is() -> None:
+    """With other arguments, as in models that rotate one tensor at a time, the function itself is called."""
+    assert (1, 2) == rotated(lambda one, *, cos: (one, cos), 1, cos=2)
+    assert (1, 2, 3) == rotated(lambda *given: given, 1, 2, 3)

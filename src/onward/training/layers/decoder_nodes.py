@@ -62,20 +62,19 @@ def gated(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return parts.down_proj(cast(Any, _Gate).apply(value, up) if alike else parts.act_fn(value) * up)
 
 
-def rotated(
-    plain: Callable[..., Any], query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *more: Any,
-    **named: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+def rotated(plain: Callable[..., Any], *given: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return queries and keys rotated, like the function that this one replaces.
 
     Args:
-        plain: that function, called if shapes are not a decoder's.
-        query, key: shape (1, heads, tokens, dim).
-        cos, sin: shape (1, tokens, dim).
+        plain: that function, called if arguments or shapes are not a decoder's.
+        given: query and key, shape (1, heads, tokens, dim); cos and sin, shape (1, tokens, dim).
     """
+    if named or len(given) != 4:
+        return plain(*given, **named)
+    query, key, cos, sin = given
     usual = query.dim() == 4 and query.shape[0] == 1 and cos.shape == sin.shape == (1, query.shape[2], query.shape[3])
-    if more or named or not usual or key.shape[2:] != query.shape[2:]:
-        return plain(query, key, cos, sin, *more, **named)
+    if not usual or key.shape[2:] != query.shape[2:]:
+        return plain(query, key, cos, sin)
     apply = cast(Any, _Rotation).apply
     return apply(query, cos, sin), apply(key, cos, sin)
 
