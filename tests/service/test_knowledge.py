@@ -155,6 +155,7 @@ def test_a_stop_comes_before_the_measurement(whole: Run, model: Path, files: lis
     assert run.verify().ok
 
 
+@pytest.mark.slow
 def test_going_back_and_leaving_out(whole: Run, model: Path, files: list[Path], tmp_path: Path) -> None:
     """Rolled back and trained again, rebuilt without a file that was replayed: as a run that never knew it."""
     run = Run.create(tmp_path / "run", str(model), **SETTINGS)

@@ -52,6 +52,7 @@ def test_a_name_that_a_process_left_keeps_nobody_out(run: Run, tmp_path: Path, n
     assert (["a.jsonl"], False) == (done(run), holder.exists())
 
 
+@pytest.mark.slow
 def test_a_killed_owner_keeps_nobody_out(run: Run, model: Path, tmp_path: Path) -> None:
     """After a SIGKILL the name of the dead process is still there, and the next one trains at once."""
     file = rows_file(tmp_path / "long.jsonl", LONG)
@@ -95,6 +96,7 @@ def test_a_holder_that_cannot_be_read_is_still_an_owner(run: Run) -> None:
         assert_refused(onward_process("train", "--run", run.layout.root), 4, "another process owns this run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_kept_open", [False, True], ids=["opened for each row", "kept open"])
 def test_a_file_that_grows_for_a_while_is_taken_whole(run: Run, tmp_path: Path, is_kept_open: bool) -> None:
     """A writer that takes six times as long as a file settles in: the file is taken once, with its last byte."""

@@ -133,6 +133,7 @@ def test_who_cannot_be_told_touches_nothing(
     assert run.verify().ok
 
 
+@pytest.mark.slow
 def test_who_never_answers_holds_up_nobody(run: Run, tmp_path: Path, listener: Listener) -> None:
     """With an address that accepts and never answers, training goes on and a stop waits for one attempt at most."""
     listener.status = None

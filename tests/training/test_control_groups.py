@@ -174,6 +174,7 @@ def _in_a_slow_job(folder: str) -> None:
     assert 1.5 == read_processors()
 
 
+@pytest.mark.slow
 def test_the_kernel_s_own_share_is_found(slow_job: Path) -> None:
     """PyTorch counts the processors that it may run on, not how much of their time it gets."""
     assert 0 == apart(_in_a_slow_job, str(slow_job))

@@ -505,6 +505,7 @@ def test_parts_of_a_dead_page_are_removed(tmp_path: Path) -> None:
 # who holds connections
 
 
+@pytest.mark.slow
 def test_a_connection_on_which_nothing_comes_is_closed(made: RunLayout) -> None:
     """One that sends no head, half of one, or after its answer not the body that it announced."""
     beginnings = (
@@ -629,6 +630,7 @@ def test_the_cookie_acts_for_the_page_itself(page: Page) -> None:
     assert 400 == page.ask("POST", "/api/pause", b"x" * 70_000, page.bearer).status
 
 
+@pytest.mark.slow
 def test_what_needs_a_still_state_says_so(page: Page, made: RunLayout, monkeypatch: pytest.MonkeyPatch) -> None:
     """Proof and going back are commands in processes of their own; what they refuse is answered in their words, not in
     those of Python or a library that spoke before."""

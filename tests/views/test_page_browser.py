@@ -89,6 +89,7 @@ def hostile_rows(path: Path) -> Path:
     return tiny.write_jsonl(path, [{"messages": [ask, answer]}] * 4)
 
 
+@pytest.mark.slow
 def test_a_run_is_watched_fed_and_controlled_in_the_browser(tmp_path: Path, model: Path, browser: Any) -> None:
     """A live run is followed, paused and resumed, gets files, shows what it refuses and the rows it trains; nothing
     that a file says is run; another site can neither act nor frame the page; and the weights have the bits that they
