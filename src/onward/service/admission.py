@@ -11,11 +11,11 @@ from onward.config import Config
 from onward.errors import ModelError
 from onward.service.session import Session
 from onward.store.ledger import Ledger
-from onward.training.admission.admit import admit, environment_of
+from onward.training.admission.admit import admit
 from onward.training.admission.findings import FACT, LAID, Findings
 from onward.training.admission.remedies import working_config
 from onward.training.device.environment import pick_device, pick_dtype, require_whole_teams
-from onward.training.model.spec import ModelSpec
+from onward.training.model.spec import ModelSpec, environment_of
 
 
 def admit_new(
@@ -32,23 +32,27 @@ def admit_new(
         ModelError: something about the model cannot be proven.
         ConfigError: a setting does not fit it.
     """
-    device = device_of_proof(config)
-    require_whole_teams(device)
-    dtype = pick_dtype(config.dtype, device)
+    spec = spec_of_proof(config, base, pick_device())
+    require_whole_teams(spec.device)
     try:
-        return config, admit(ModelSpec(config, base, device, dtype), checkpoint=checkpoint)
+        return config, admit(spec, checkpoint=checkpoint)
     except ModelError as error:
         if checkpoint is not None or not str(error.where).startswith("lora"):
             raise
         working, changed = working_config(config, base, has_chosen_dropout)
         if not changed:
             raise
-    return working, admit(ModelSpec(working, base, device, dtype), settings=changed)
+    return working, admit(replace(spec, config=working), settings=changed)
 
 
-def device_of_proof(config: Config) -> torch.device:
-    """Return where a model is proven: one that will be sharded fits only into main memory."""
-    return torch.device("cpu") if config.sharding == "full" else pick_device()
+def spec_of_proof(config: Config, base: Path, device: torch.device) -> ModelSpec:
+    """Return what a model is proven with where a device would train it: one that is sharded fits into main memory only.
+
+    Args:
+        base: folder of the base model.
+    """
+    device = torch.device("cpu") if config.sharding == "full" else device
+    return ModelSpec(config, base, device, pick_dtype(config.dtype, device))
 
 
 def keep(ledger: Ledger, findings: Findings) -> None:
@@ -74,7 +78,8 @@ def admit_at_start(session: Session, *, has_trained: bool, again: bool, start: P
         if again:
             _prove_again(session, findings, has_trained=has_trained, start=start)
         return
-    found = admit(_spec_of_proof(session), checkpoint=start, strict=not has_trained)
+    spec = spec_of_proof(session.config, session.base, session.device)
+    found = admit(spec, checkpoint=start, strict=not has_trained)
     keep(session.ledger, found)
     for warning in found.warnings:
         _warn(session.ledger, warning)
@@ -85,7 +90,7 @@ def _prove_again(session: Session, findings: Findings, *, has_trained: bool, sta
 
     A run that has trained gets another layout of its rows if the one that it has is not proven any more.
     """
-    spec = _spec_of_proof(session)
+    spec = spec_of_proof(session.config, session.base, session.device)
     here = environment_of(spec)
     changes = findings.changes_to(here)
     if not changes:
@@ -102,10 +107,6 @@ def _prove_again(session: Session, findings: Findings, *, has_trained: bool, sta
     keep(session.ledger, found)
     event = f"the model was proven again, since it had been with {changes}: {LAID[found.rows]}"
     session.ledger.add_event("info", event, kind="admission")
-
-
-def _spec_of_proof(session: Session) -> ModelSpec:
-    return replace(session.spec, device=torch.device("cpu")) if session.in_shards else session.spec
 
 
 def _warn(ledger: Ledger, warning: str) -> None:

@@ -24,19 +24,16 @@ from onward.training.admission.findings import FACT, Findings
 from onward.training.checkpoints import huggingface
 from onward.training.checkpoints.checkpoint import Facts
 from onward.training.device.environment import (
-    describe_environment,
     pick_device,
     pick_dtype,
     ranks_facts,
     require_whole_teams,
 )
 from onward.training.device.execution import Execution
-from onward.training.layers.facts import layer_facts
 from onward.training.model.base import BaseDigest, base_of_run, digest_base, keep_revision
 from onward.training.model.capacity import Capacity, read_capacity, require_fits
-from onward.training.model.libraries import library_facts
 from onward.training.model.load import load_tokenizer
-from onward.training.model.spec import ModelSpec
+from onward.training.model.spec import ModelSpec, environment_of
 from onward.training.model.treatment import Treatment
 from onward.training.sharding.needs import require_shardable
 from onward.training.steps.numerics import numerics_of
@@ -128,14 +125,7 @@ class Session:
         treatment = self.treatment
         end_to_end = None if treatment is None else treatment.end_to_end
         numerics = numerics_of(self.base, self.config, self.device, self.dtype, end_to_end=end_to_end)
-        return describe_environment(
-            self.device,
-            self.dtype,
-            numerics,
-            exact=self.config.deterministic,
-            layers={**layer_facts(self.device, self.dtype), **library_facts(self.base, self.config)},
-            ranks=ranks_facts(self.world, self.config.exchange),
-        )
+        return environment_of(self.spec, numerics, ranks=ranks_facts(self.world, self.config.exchange))
 
     def check(self, config: Config) -> None:
         """Check a config before it comes into force against what the run was made with and how its model is laid out.

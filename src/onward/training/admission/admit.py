@@ -26,16 +26,13 @@ from onward.training.admission.small.shorten import layers_to_shorten, shorten
 from onward.training.admission.small.vocabulary import runs, shorten_vocabulary, vocabulary_of
 from onward.training.admission.small.width import narrow_width
 from onward.training.admission.together import examine_together
-from onward.training.device.environment import describe_environment
 from onward.training.device.errors import is_of_the_device
 from onward.training.layers.attention import PADDING_FREE
-from onward.training.layers.facts import layer_facts
 from onward.training.layers.twin import named_types
 from onward.training.measuring.probe import Probe
 from onward.training.model.adapter import ALL_LINEAR
-from onward.training.model.libraries import library_facts
 from onward.training.model.load import build_plain, causal_lm
-from onward.training.model.spec import ModelSpec
+from onward.training.model.spec import ModelSpec, environment_of
 from onward.training.optimizers import optimizer_method
 
 
@@ -73,12 +70,6 @@ def admit(
     if not strict:
         found.left_out, found.end_to_end = (), causal_lm(model).config.model_type in PADDING_FREE
     return _findings(proof, found, settings or {}, time.perf_counter() - begun)
-
-
-def environment_of(spec: ModelSpec) -> dict[str, Any]:
-    """Return the record of the environment in which a model is proven."""
-    layers = {**layer_facts(spec.device, spec.dtype), **library_facts(spec.base, spec.config)}
-    return describe_environment(spec.device, spec.dtype, exact=spec.config.deterministic, layers=layers)
 
 
 def _findings(proof: Proof, found: Found, settings: dict[str, Any], seconds: float) -> Findings:

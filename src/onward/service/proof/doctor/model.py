@@ -12,16 +12,15 @@ from onward.config.text import read_config
 from onward.data.templates.own_template import read_template
 from onward.errors import ModelError
 from onward.layout import RunLayout
-from onward.service.admission import device_of_proof
+from onward.service.admission import spec_of_proof
 from onward.service.proof.doctor.finding import Finding
 from onward.service.settings import PUT_BACK, changes_in_words
 from onward.store.ledger import Ledger
-from onward.training.admission.admit import environment_of
 from onward.training.admission.findings import FACT, REFUSABLE, Findings
 from onward.training.device.environment import HALF, pick_device, pick_dtype
 from onward.training.model.base import base_of_run, digest_base
 from onward.training.model.load import load_tokenizer
-from onward.training.model.spec import ModelSpec
+from onward.training.model.spec import environment_of
 from onward.training.optimizers import optimizer_method
 
 
@@ -85,8 +84,7 @@ def check_admission(layout: RunLayout) -> Iterator[Finding]:
     for line in findings.lines():
         yield Finding("warning" if line.startswith(REFUSABLE) else "ok", "model", line)
     config = read_config(layout.config)
-    device = device_of_proof(config)
-    spec = ModelSpec(config, base_of_run(layout.root, config.model), device, pick_dtype(config.dtype, device))
+    spec = spec_of_proof(config, base_of_run(layout.root, config.model), pick_device())
     if changes := findings.changes_to(environment_of(spec)):
         yield Finding(
             "warning", "model", f"it was proven with {changes}", "the next start proves it again: onward train"
