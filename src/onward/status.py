@@ -44,11 +44,9 @@ def read_status(layout: RunLayout) -> dict[str, Any]:
         beat = beat_of(holder, ledger.get("heartbeat")) if held else None
         age, stuck = read_heartbeat(beat, time.time())
         hangs, free = stuck is not None, shutil.disk_usage(layout.root).free
-        if held and free < FULL:  # its owner waits, and cannot even record that in the ledger
-            state, stuck, hangs = "paused", f"the disk is full: {free / 1e6:.1f} MB free", False
-        elif held and stuck and not can_be_written(layout.root, FULL):
-            why = why_less(layout.root)
-            state, stuck, hangs = "paused", f"{why}: nothing can be written, not even the ledger", False
+        waits = _waits_for_disk(layout, free, is_stuck=hangs) if held else None
+        if waits is not None:
+            state, stuck, hangs = "paused", waits, False
         checkpoint = ledger.newest_checkpoint()
         current = next(reversed(ledger.files("training")), None)  # an earlier one's boundary is being committed
         committed = checkpoint.step if checkpoint else 0
@@ -75,6 +73,15 @@ def read_status(layout: RunLayout) -> dict[str, Any]:
             "hangs": hangs,
             "problem": stuck or problem,
         }
+
+
+def _waits_for_disk(layout: RunLayout, free: int, *, is_stuck: bool) -> str | None:
+    """Return why an owner waits that cannot even record that in the ledger; None if it can be written."""
+    if free < FULL:
+        return f"the disk is full: {free / 1e6:.1f} MB free"
+    if is_stuck and not can_be_written(layout.root, FULL):
+        return f"{why_less(layout.root)}: nothing can be written, not even the ledger"
+    return None
 
 
 def _silent(ledger: Ledger, holder: dict[str, Any] | None) -> int | None:

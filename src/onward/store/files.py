@@ -66,6 +66,11 @@ class Files(Ranges):
             FileRow, "SELECT * FROM files WHERE state = 'arriving' AND copy = '' ORDER BY priority DESC, id"
         )
 
+    def arriving_copies(self) -> list[str]:
+        """Return the places, below the run's directory, of the files that were read and are not settled."""
+        rows = self.query("SELECT copy FROM files WHERE state = 'arriving' AND copy != ''")
+        return [row["copy"] for row in rows]
+
     def forget_arriving(self, file_id: int) -> None:
         """Forget a file of the inbox that changed or vanished before it was read, or cannot be taken out of it."""
         self.write("DELETE FROM files WHERE id = ? AND state = 'arriving' AND inbox IS NOT NULL", file_id)

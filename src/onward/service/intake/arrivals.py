@@ -134,7 +134,7 @@ class Arrivals:
             OSError: the inbox cannot be read, or files cannot be taken out of it; the next call continues.
         """
         together = len(rows) > MANY and not spending.is_bounded
-        reserved = {one_name(Path(row.copy).name) for row in self.ledger.files("arriving") if row.copy}
+        reserved = {one_name(Path(copy).name) for copy in self.ledger.arriving_copies()}
         arrived: list[int] = []
         recorded: list[tuple[int, Values]] = []
         for row in rows:

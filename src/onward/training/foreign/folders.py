@@ -114,44 +114,54 @@ def _require_weights(path: Path) -> None:
     whole = [file for pattern in _WHOLE for file in sorted(path.glob(pattern))]
     if any(map(_is_emptied, whole)):
         raise _emptied(path)
-    if whole:
-        if not ((path / ADAPTER_CONFIG).is_file() or (path / "config.json").is_file()):
-            hint = (
-                f"Copy it from the model that it was made from: cp BASE/config.json {quoted(path)}; then adopt again."
-            )
-            raise UsageError("there is no config.json next to the weights", where=path, hint=hint)
-        return
+    if not whole:
+        raise _in_folders(path) or _merged_first(path) or _named_otherwise(path)
+    if not ((path / ADAPTER_CONFIG).is_file() or (path / "config.json").is_file()):
+        hint = f"Copy it from the model that it was made from: cp BASE/config.json {quoted(path)}; then adopt again."
+        raise UsageError("there is no config.json next to the weights", where=path, hint=hint)
+
+
+def _in_folders(path: Path) -> UsageError | None:
+    """Return the refusal of a folder whose adapters are in folders of their own; None for any other."""
     named = sorted(folder for folder in path.glob("*/") if (folder / ADAPTER_CONFIG).is_file())
-    if named:
-        names = ", ".join(printable(folder.name) for folder in named)
-        if not any((path / name).is_file() for name in (OPTIMIZER, FULL_OPTIMIZER)):  # such as torchtune's epochs
-            hint = f"Name one of them: {fresh_command(named[-1])}"
-            raise UsageError(f"its adapters are in folders: {names}", where=path, hint=hint)
-        command = f"cp {quoted(named[0])}/* {quoted(path)}"
-        hint = f"Copy the one that was trained next to {OPTIMIZER}: {command}; then adopt again."
-        raise UsageError(f"its adapter has its own name, and a folder: {names}", where=path, hint=hint)
+    if not named:
+        return None
+    names = ", ".join(printable(folder.name) for folder in named)
+    if not any((path / name).is_file() for name in (OPTIMIZER, FULL_OPTIMIZER)):  # such as torchtune's epochs
+        hint = f"Name one of them: {fresh_command(named[-1])}"
+        return UsageError(f"its adapters are in folders: {names}", where=path, hint=hint)
+    command = f"cp {quoted(named[0])}/* {quoted(path)}"
+    hint = f"Copy the one that was trained next to {OPTIMIZER}: {command}; then adopt again."
+    return UsageError(f"its adapter has its own name, and a folder: {names}", where=path, hint=hint)
+
+
+def _merged_first(path: Path) -> UsageError | None:
+    """Return the refusal of weights that a command of the tool that wrote them makes whole; None for any others."""
     if _is_deepspeed(path):
         command = f"python {quoted(path / 'zero_to_fp32.py')} --safe_serialization {quoted(path)} {quoted(path)}"
-        raise _in_shards("DeepSpeed", path, command)
+        return _in_shards("DeepSpeed", path, command)
     whole = path / "pytorch_model_fsdp.bin"
     if whole.is_file():
-        command = f"cp {quoted(whole)} {quoted(path / 'pytorch_model.bin')}"
-        raise UsageError(
-            "FSDP saved the weights under a different name", where=whole, hint=f"{command}; then adopt again."
-        )
+        hint = f"cp {quoted(whole)} {quoted(path / 'pytorch_model.bin')}; then adopt again."
+        return UsageError("FSDP saved the weights under a different name", where=whole, hint=hint)
     shards = sorted(path.glob("pytorch_model_fsdp_*/"))
     if shards:
-        raise _in_shards("FSDP", path, f"accelerate merge-weights {quoted(shards[0])} {quoted(path)}")
+        return _in_shards("FSDP", path, f"accelerate merge-weights {quoted(shards[0])} {quoted(path)}")
     if next(path.glob("*.distcp"), None):
         command = f"{MERGE} {quoted(path)} FILE.pt, and save_pretrained of the model with what is in it"
-        raise _in_shards("torch.distributed.checkpoint", path, command)
+        return _in_shards("torch.distributed.checkpoint", path, command)
+    return None
+
+
+def _named_otherwise(path: Path) -> UsageError:
+    """Return the refusal of weights whose names transformers does not read, or of a folder without any."""
     others = [printable(file.name) for file in sorted(path.glob("*.safetensors"))]
     names = "model.safetensors, or model-00001-of-0000N.safetensors with model.safetensors.index.json"
     if others:
         what, hint = f"transformers does not read weights of this name: {others[0]}", f"Rename them: {names}."
     else:
         what, hint = "there are no weights", f"Name a folder with {names}, or with {ADAPTER_WEIGHTS}."
-    raise UsageError(what, where=path, hint=hint)
+    return UsageError(what, where=path, hint=hint)
 
 
 def _is_emptied(file: Path) -> bool:
