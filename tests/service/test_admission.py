@@ -91,13 +91,13 @@ def test_a_first_start_refuses_what_init_would_have(tmp_path: Path) -> None:
     assert 0 == run.status()["global_step"]
 
 
-def keep_as_elsewhere(run: Path, **changes: Any) -> None:
-    """Make a run's findings, with changes, those of another release of transformers."""
+def keep_as_elsewhere(run: Path) -> None:
+    """Make a run's findings those of another release of transformers."""
     found = findings(run)
     assert found is not None
     with Ledger(run / "ledger.sqlite3") as ledger:
         elsewhere = {**found.environment, "transformers": "another"}
-        ledger.put(**{FACT: {**found.to_dict(), **changes, "environment": elsewhere}})
+        ledger.put(**{FACT: {**found.to_dict(), "environment": elsewhere}})
 
 
 def test_a_run_of_an_earlier_release_is_proven_at_its_next_start(tmp_path: Path, model: Path) -> None:
