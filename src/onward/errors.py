@@ -110,6 +110,10 @@ class TrainingError(OnwardError):
     """A step cannot be taken: the loss is not finite, or a postcondition of a file does not hold."""
 
 
+class NothingTrained(OnwardError):
+    """A file failed after others that had been quarantined, with none trained between: the files are not the cause."""
+
+
 class GuardRejected(TrainingError):
     """A file exceeded the guard's limits and has to be taken back.
 

@@ -22,7 +22,7 @@ from states import assert_same_state
 
 from onward import Run
 from onward.data.plan.loader import Batch
-from onward.errors import ModelError, TrainingError
+from onward.errors import ModelError, NothingTrained, TrainingError
 from onward.events import FileDone, Note, StepTaken
 from onward.service.holder import read_heartbeat
 from onward.service.owner import disk
@@ -117,6 +117,33 @@ def test_a_file_that_fails_is_tried_again_then_quarantined(
     assert run.verify(deep=True).ok
 
 
+def test_when_all_files_fail_few_are_quarantined(run: Run, twin: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lets file after file fail is rather the machine: the fourth one is waited for, and named by `--once`; after
+    a repair it goes on as if it had not failed. A file that was trained begins the count anew.
+    """
+    with Ledger(run.layout.ledger) as ledger:
+        ledger.put(blamed={"step": 3, "files": 2})
+    with monkeypatch.context() as broken:
+        fail_in(broken, 14, lambda: TypeError("an upgraded library"))
+        assert 1 == run.watch(once=True)
+        assert {"10.jsonl": "done", "14.jsonl": "quarantined", "7.jsonl": "done"} == states(run)
+    run.add(run.layout.archive / "14.jsonl", again=True)
+    with Ledger(run.layout.ledger) as ledger:
+        assert {"step": 3, "files": 3} == ledger.get("blamed")
+        ledger.put(blamed={"step": ledger.committed_step(), "files": 3})
+    waited = list[str]()
+    monkeypatch.setattr(Recovery, "outlive", lambda self, error, full: (waited.append(error.what), stop.ask("test")))  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType, reportUnknownMemberType]
+    stop = Wishes()
+    with monkeypatch.context() as broken:
+        fail_in(broken, 14, lambda: TypeError("an upgraded library"))
+        with pytest.raises(NothingTrained, match="an upgraded library; the 3 files before it"):
+            run.watch(once=True)
+        run.watch(stop=stop)
+    assert [True] == ["the cause is rather the machine" in what for what in waited]
+    assert 0 == run.watch(once=True)
+    assert_same_state(twin("10.jsonl", "7.jsonl", "14.jsonl"), run.layout.root)
+
+
 def test_a_file_that_fails_once_is_trained_as_if_it_had_not(
     run: Run, twin: Twin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,14 +226,25 @@ def test_a_run_that_cannot_be_opened_is_refused_at_the_start(run: Run, model: Pa
         run.watch()
 
 
-@pytest.mark.parametrize(("before", "refused", "state"), [(0, 0, "done"), (4, 1, "quarantined")])
-def test_deaths_in_one_file_are_counted(run: Run, before: int, refused: int, state: str) -> None:
-    """A process that died in a file goes on with it; the fifth death without a commit between takes the file out."""
+@pytest.mark.parametrize(
+    ("before", "others", "refused", "state"), [(0, 0, 0, "done"), (4, 2, 1, "quarantined"), (4, 3, 0, "done")]
+)
+def test_deaths_in_one_file_are_counted(
+    run: Run, before: int, others: int, refused: int, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that died in a file goes on with it; the fifth death without a commit between takes the file out,
+    unless that befell the three files before it, too.
+    """
+    monkeypatch.setattr(Recovery, "_rest", lambda self, seconds: None)  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
     stop = Wishes()
     run.train(stop=stop, observe=lambda event: stop.ask("test") if getattr(event, "step", 0) == 4 else None)
     with Ledger(run.layout.ledger) as ledger:
         row = ledger.files("training")[0]
-        ledger.put(state="training", died={"step": 4, "file": row.id, "count": before})
+        ledger.put(
+            state="training",
+            died={"step": 4, "file": row.id, "count": before},
+            blamed={"step": row.start_step, "files": others},
+        )
     assert refused == run.watch(once=True)
     assert {"10.jsonl": "done", "14.jsonl": state, "7.jsonl": "done"} == states(run)
     reports = [path.read_text() for path in run.layout.rejected.glob("*.report.json")]

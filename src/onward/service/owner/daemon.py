@@ -13,7 +13,15 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from onward.errors import DeviceLost, GuardRejected, OnwardError, RankLost, RunLocked, VerificationFailed
+from onward.errors import (
+    DeviceLost,
+    GuardRejected,
+    NothingTrained,
+    OnwardError,
+    RankLost,
+    RunLocked,
+    VerificationFailed,
+)
 from onward.events import Committed, Event, FileDone, FileStarted, Note, Resumed, StepTaken
 from onward.service.intake.archive import compress_original
 from onward.service.intake.checking import Intake
@@ -102,6 +110,7 @@ class Daemon:
         Raises:
             DamagedState, VerificationFailed: the state cannot be trusted, and a person has to decide.
             DeviceLost: the GPU was lost to this process.
+            NothingTrained: with `once`, file after file failed.
             OnwardError: as above, and any failure if the daemon is not `patient`.
         """
         self._once = once
@@ -275,7 +284,7 @@ class Daemon:
         """After a failure of the machine or the config, wait a while to continue from the last commit, or raise it."""
         self.ledger.require_own_release()
         self._drop_worker()
-        if not self._patient or is_device_lost(error):
+        if not self._patient or is_device_lost(error) or (self._once and isinstance(error, NothingTrained)):
             raise self._in_words(error) from None
         forget_frames(error)
         self._recovery.outlive(error, full=self._room.refused(error))

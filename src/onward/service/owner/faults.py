@@ -16,7 +16,7 @@ from typing import Any
 from onward.atomic import TEMPORARY_PREFIX
 from onward.config import Config, stored_config
 from onward.config.text import read_config
-from onward.errors import END_OTHERS, DeviceLost, GuardRejected, OnwardError, TrainingError, first_line
+from onward.errors import END_OTHERS, DeviceLost, GuardRejected, NothingTrained, OnwardError, TrainingError, first_line
 from onward.layout import RunLayout
 from onward.service.client import skip_queued
 from onward.service.intake.archive import take_out_original
@@ -33,6 +33,10 @@ from onward.training.device.errors import is_device_lost, is_out_of_memory
 
 FIX = "fix it, then add it again; its content stays in archive/"
 """What to do about a file that cannot be trained."""
+BLAMED = "blamed"
+"""The ledger's fact with how many files in a row were quarantined, and the step after which that was."""
+IN_A_ROW = 3
+"""How many files may be quarantined with none trained between them: of one more, something else is the cause."""
 
 
 @dataclass(frozen=True)
@@ -127,26 +131,57 @@ def handle(layout: RunLayout, ledger: Ledger, row: FileRow, failure: Failure, co
 
     Args:
         config: the config in force, which says how often a file is tried again.
+
+    Raises:
+        NothingTrained: it is queued again, since the files before it failed, too.
     """
     row = _as_committed(layout, ledger, row)
     reason = failure.reason
-    failures = row.failures + 1
     if failure.rejected:  # training it again would give the same result
         _quarantine(layout, ledger, row, reason, failure.rejected)
         return
-    parts = _smaller_parts(row, ledger, config) if failure.out_of_memory else row.parts
-    if failure.out_of_memory and parts is not None:
-        values: dict[str, Any] = {"failures": row.failures, "parts": parts}
-        decision = f"tried again with each step in {parts} parts"
-    elif not failure.out_of_memory and failures <= config.retries:
-        values = {"failures": failures, "parts": row.parts}
-        decision = f"tried again ({failures} of {config.retries})"
-    else:
+    again = _another_try(row, failure, ledger, config)
+    doubt = doubt_of(ledger, row) if again is None else None
+    if again is None and doubt is None:
         _quarantine(layout, ledger, row, reason)
         return
+    values, decision = again or ({"failures": row.failures + 1, "parts": row.parts}, "")
     values |= {"config": None, "token_digest": None, "position": row.position}
     _take_back(layout, ledger, row, Move(row, "queued", values), f"{row.name} failed: {reason}")
+    if doubt is not None:
+        way_out = f"onward doctor looks for the cause; onward skip {_named(row)} takes the file out."
+        raise NothingTrained(f"{row.name} cannot be trained: {reason}; {doubt}", hint=way_out)
     ledger.add_event("warning", f"{row.name} failed and is {decision}: {reason}", kind="retried")
+
+
+def _another_try(row: FileRow, failure: Failure, ledger: Ledger, config: Config) -> tuple[dict[str, Any], str] | None:
+    """Return what to note with a file that is tried again, and how in words; None if it was tried often enough."""
+    if failure.out_of_memory:
+        parts = _smaller_parts(row, ledger, config)
+        return (
+            None
+            if parts is None
+            else ({"failures": row.failures, "parts": parts}, f"tried again with each step in {parts} parts")
+        )
+    failures = row.failures + 1
+    if failures > config.retries:
+        return None
+    return {"failures": failures, "parts": row.parts}, f"tried again ({failures} of {config.retries})"
+
+
+def doubt_of(ledger: Ledger, row: FileRow) -> str | None:
+    """Return why a file is not quarantined though it failed, in words: those before it failed, too."""
+    blamed = ledger.get(BLAMED) or {}
+    if blamed.get("step") != _begins_after(ledger, row) or blamed["files"] < IN_A_ROW:
+        return None
+    return (
+        f"the {blamed['files']} files before it were quarantined with none trained between them, so the cause is "
+        "rather the machine, the libraries or the config"
+    )
+
+
+def _begins_after(ledger: Ledger, row: FileRow) -> int | None:
+    return ledger.committed_step() if row.start_step is None else row.start_step
 
 
 def quarantine(layout: RunLayout, ledger: Ledger, row: FileRow, reason: str) -> None:
@@ -181,6 +216,9 @@ def _quarantine(
         refusal = Refusal.of_guard(row.name, found, way)
     report = keep_refused(layout, _original(layout, row), refusal, ledger.clock(), move=True).relative_to(layout.root)
     move = Move(row, "quarantined", {"note": reason, "position": None, "failures": row.failures + 1})
+    if not found:
+        step, blamed = _begins_after(ledger, row), ledger.get(BLAMED) or {}
+        ledger.put(**{BLAMED: {"step": step, "files": 1 + (blamed["files"] if blamed.get("step") == step else 0)}})
     _take_back(layout, ledger, row, move, f"{row.name} quarantined")
     ledger.add_event("error", f"{row.name} quarantined ({report}): {reason}", kind="quarantined")
 

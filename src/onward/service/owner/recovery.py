@@ -7,7 +7,7 @@ import time
 
 from onward.errors import OnwardError
 from onward.service.owner import faults
-from onward.service.owner.crashes import DIED, Crash
+from onward.service.owner.crashes import DIED, LIMIT, Crash
 from onward.service.owner.owned import Owned
 from onward.service.pauses import pause_after
 from onward.service.shown import FAILED, PAUSED
@@ -67,12 +67,20 @@ class Recovery:
             return
         owned, deaths = self._owned, crash.deaths
         row = owned.ledger.file(crash.row.id) if crash.row else None
-        if crash.gives_up and row is not None and row.state == "training":  # unless it was skipped since
+        given_up = (
+            row if crash.gives_up and row is not None and row.state == "training" else None
+        )  # unless skipped since
+        doubt = faults.doubt_of(owned.ledger, given_up) if given_up is not None else None
+        if given_up is not None and doubt is None:
             reason = f"the process died {deaths.count} times in this file without getting past step {deaths.step}"
-            faults.quarantine(owned.layout, owned.ledger, row, reason)
+            faults.quarantine(owned.layout, owned.ledger, given_up, reason)
             owned.ledger.put(**{DIED: None})
         elif crash.waits:
             problem = f"the process died {deaths.count} times after step {deaths.step}; goes on in {crash.waits:.0f} s"
+            if doubt is not None:
+                problem = f"{problem}; {doubt}"
+                if deaths.count == LIMIT:
+                    owned.record("error", problem, "failed")
             owned.shown.set(FAILED, problem)
             self._rest(crash.waits)
         self._crash = None
