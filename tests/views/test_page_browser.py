@@ -310,8 +310,8 @@ def _takes_no_folder(page: Any, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_files_whose_names_begin_alike_can_be_told_apart_in_the_grid(tmp_path: Path, browser: Any) -> None:
-    """A name is cut off where it is longer than its cell: the file's position stands before it. On paper, nothing is cut
-    off at an edge, and what cannot be pressed is left out.
+    """A name is cut off where it is longer than its cell: the file's position stands before it. On paper, nothing is
+    cut off at an edge, and what cannot be pressed is left out.
     """
     names = [f"2026-11-27-support-chats-part-{number:04d}.jsonl" for number in range(2)]
     layout = made_up_run(tmp_path / "run", [(name, 3) for name in names], float)
