@@ -49,12 +49,16 @@ def test_every_key_says_what_it_means() -> None:
 
 
 def test_identity_keys_are_keys() -> None:
-    """Every identity key is a key of the config; a full run has no adapter and so no identity of one."""
+    """Every identity key is a key of the config; a full run has no adapter and so no identity of one, and where the
+    method of a run is changed to that, the refusal names the method alone.
+    """
     assert set(IDENTITY_KEYS) <= set(KEYS)
     first = set(IDENTITY_KEYS) - set(LATER_IDENTITY_KEYS)
     assert first == set(Config().identity())
     assert {key for key in first if not key.startswith("lora.")} == set(Config(method="full").identity())
-    assert {*first, "lora.use_dora"} == set(parse_config({"lora.use_dora": True}).identity())
+    dora = parse_config({"lora.use_dora": True}).identity()
+    assert {*first, "lora.use_dora"} == set(dora)
+    assert {"method": ("lora", "full")} == Config(method="full").identity_changes(dora)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 import threading
 from pathlib import Path
@@ -109,8 +110,8 @@ def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path: Path) -> No
 
 
 def test_no_snapshot_of_what_is_damaged_or_not_there(run: Run, model: Path, tmp_path: Path) -> None:
-    """A name that is taken, a run that has committed nothing and a checkpoint that is damaged at two looks are refused;
-    nothing is left.
+    """A name that is taken, a run that has committed nothing and a checkpoint that is missing, or damaged at two looks,
+    are refused by what they are; nothing is left.
     """
     with pytest.raises(UsageError, match="of this name"):
         snapshot(run.layout, tmp_path)
@@ -121,6 +122,10 @@ def test_no_snapshot_of_what_is_damaged_or_not_there(run: Run, model: Path, tmp_
     with pytest.raises(DamagedState, match=r"optimizer\.pt is missing"):
         snapshot(run.layout, tmp_path / "damaged", linked.append)
     assert 2 == linked.count("onward.json")
+    for missing, said in ((run.layout.checkpoint(3), "step 3 is missing"), (run.layout.current, "ledger claims 3")):
+        shutil.rmtree(missing)
+        with pytest.raises(DamagedState, match=said):
+            snapshot(run.layout, tmp_path / "missing")
     assert ["new", "run"] == sorted(path.name for path in tmp_path.iterdir())
 
 

@@ -143,9 +143,15 @@ def test_a_name_in_a_suggested_command_is_understood(name: str, ledger: Ledger) 
 
 @pytest.mark.parametrize("before", [("undone",), ("undone", "undone"), ("rejected", "undone")])
 def test_a_file_that_came_again_is_said_to_be_where_it_is(before: tuple[str, ...], ledger: Ledger) -> None:
-    """Not where an earlier entry of it is, which was undone or replaced."""
+    """Not where an earlier entry of it is, which was undone or replaced, although that entry keeps its old position."""
     fixed: dict[str, Any] = {"command": "c", "bytes": 1, "format": "jsonl", "copy": "x", "sha256": "99" * 32}
-    for state in (*before, "queued"):
-        ledger.insert_file(name="again.jsonl", state=state, **fixed)
+    for place, state in enumerate(before):
+        ledger.insert_file(name="again.jsonl", state=state, position=20 + place, **fixed)
+    with pytest.raises(UsageError, match=rf"'again.jsonl' is {before[-1]} \[FILE"):
+        find_file(ledger, "again.jsonl", "quarantined")
+    ledger.insert_file(name="again.jsonl", state="done", position=9, **fixed)
+    with pytest.raises(UsageError, match=r"'again.jsonl' is done, file 9 of the stream"):
+        find_file(ledger, "again.jsonl", "quarantined")
+    ledger.insert_file(name="again.jsonl", state="queued", **fixed)
     with pytest.raises(UsageError, match=r"'again.jsonl' is queued"):
         find_file(ledger, "again.jsonl", "quarantined")

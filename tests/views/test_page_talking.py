@@ -40,7 +40,7 @@ for line in sys.stdin:
         print("Loading...", flush=True)
         continue
     print(json.dumps({"id": wish["id"], "text": "a piece"}), flush=True)
-    done = {"process": os.getpid(), "cancelled": cancelled, "wish": wish}
+    done = {"process": os.getpid(), "session": os.getsid(0), "cancelled": cancelled, "wish": wish}
     if text != "wait":
         print(json.dumps({"id": wish["id"], **({"error": "no"} if text == "fail" else {"done": done})}), flush=True)
 """
@@ -55,8 +55,10 @@ async def told(talker: Talker, text: str, **values: Any) -> dict[str, Any]:
 
 
 async def asked(talker: Talker, text: str) -> Any:
-    """Return the process that answered a question."""
-    return (await told(talker, text))["done"]["process"]
+    """Return the process that answered a question, which Ctrl-C in the page's terminal does not reach."""
+    done = (await told(talker, text))["done"]
+    assert done["process"] == done["session"]
+    return done["process"]
 
 
 @pytest.mark.parametrize("end", ["die", "babble"])

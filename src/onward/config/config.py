@@ -328,6 +328,8 @@ class Config(Section):
         later = [key for key in keys.LATER_IDENTITY_KEYS if key in here or key in locked]
         pairs = {key: (locked.get(key, default[key]), here.get(key, default[key])) for key in later}
         pairs |= {key: (locked[key], here.get(key)) for key in keys.IDENTITY_KEYS if key in locked and key not in pairs}
+        if self.method == "full":  # an adapter's keys have no effect then, and nobody changed them
+            pairs = {key: pair for key, pair in pairs.items() if not key.startswith("lora.")}
         return {key: (there, value) for key, (there, value) in pairs.items() if there != value}
 
     def differences(self, other: Config) -> dict[str, tuple[Any, Any]]:

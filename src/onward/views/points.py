@@ -189,8 +189,7 @@ def _hold_release(layout: RunLayout, name: str, folder: Path) -> Point:
 def _stated_by(layout: RunLayout, at: str | None) -> Path:
     """Return the manifest of a state, or the folder of a release, which may have none."""
     if at is None:
-        with Ledger(layout.ledger, read_only=True) as ledger:
-            return newest_checkpoint(layout, ledger.get("run")) / MANIFEST
+        return newest_checkpoint(layout) / MANIFEST
     release = _release_meant(layout, at)
     if release is not None:
         return layout.releases / release

@@ -12,12 +12,14 @@ from pathlib import Path
 from onward.atomic import TEMPORARY_PREFIX, link_or_copy, publish_directory, remove_tree
 from onward.errors import DamagedState, UsageError
 from onward.layout import RunLayout, entries
+from onward.service.moment import require_present
 from onward.stated import stated_origin
 from onward.store.ledger import Ledger
 from onward.training.checkpoints.checkpoint import Inspection, Manifest, inspect_checkpoint
 
 ATTEMPTS = 10
 """How often reading is tried: a checkpoint may be replaced while it is read."""
+REPAIR = "onward verify says what is wrong; onward train repairs it."
 
 
 def snapshot(layout: RunLayout, target: Path, between: Callable[[str], None] = lambda _: None) -> Manifest:
@@ -31,7 +33,7 @@ def snapshot(layout: RunLayout, target: Path, between: Callable[[str], None] = l
 
     Raises:
         UsageError: `target` exists already, or nothing was committed yet.
-        DamagedState: the newest checkpoint is not what was committed.
+        DamagedState: the newest checkpoint is missing, or is not what was committed.
         Unreadable: something cannot be read now.
     """
     if target.exists():
@@ -60,21 +62,18 @@ def link_newest(
 
     Raises:
         UsageError: nothing has been committed yet.
-        DamagedState: the newest checkpoint is not what was committed.
+        DamagedState: the newest checkpoint is missing, or is not what was committed.
         Unreadable: something cannot be read now.
     """
-    with Ledger(layout.ledger, read_only=True) as ledger:
-        run = ledger.get("run")
     problems: list[str] = []
     for _ in range(ATTEMPTS):
-        found = link_checkpoint(newest_checkpoint(layout, run), target, left_out=left_out, between=between)
+        found = link_checkpoint(newest_checkpoint(layout), target, left_out=left_out, between=between)
         if found is not None and found.verified is not None:
             return found.verified
         if found is not None and found.problems == problems:  # damage: each look reads every byte
             break
         problems = ["it was replaced while it was read"] if found is None else found.problems
-    hint = "onward verify says what is wrong; onward train repairs it."
-    raise DamagedState(f"the newest checkpoint is damaged: {'; '.join(problems)}", where=layout.current, hint=hint)
+    raise DamagedState(f"the newest checkpoint is damaged: {'; '.join(problems)}", where=layout.current, hint=REPAIR)
 
 
 def link_checkpoint(
@@ -113,16 +112,23 @@ def verified_point(folder: Path, hint: str = "Restore its files from a copy; onw
     return found.verified
 
 
-def newest_checkpoint(layout: RunLayout, run: str) -> Path:
+def newest_checkpoint(layout: RunLayout) -> Path:
     """Return the folder of the newest checkpoint that a run made.
 
     Raises:
-        UsageError: there is none.
+        UsageError: nothing was committed yet.
+        DamagedState: there is none, although the ledger has one.
     """
-    newest = find_newest(layout, run)
-    if newest is None:
+    with Ledger(layout.ledger, read_only=True) as ledger:
+        run = ledger.get("run")
+        newest = find_newest(layout, run) or find_newest(layout, run)  # it may have been replaced during the first look
+        if newest is not None:
+            return newest
+        require_present(layout, ledger)
+        claimed = ledger.newest_checkpoint()
+    if claimed is None:
         raise UsageError("nothing has been committed yet", where=layout.current, hint="onward train FILE")
-    return newest
+    raise DamagedState(f"the checkpoint of step {claimed.step} is missing", where=layout.current, hint=REPAIR)
 
 
 def find_newest(layout: RunLayout, run: str) -> Path | None:

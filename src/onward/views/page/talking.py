@@ -96,8 +96,9 @@ class Talker:
             if self._process is None or self._process.returncode is not None:
                 words = (*self._command, str(self._layout.root.absolute()))
                 self._process = await asyncio.create_subprocess_exec(
-                    *words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, limit=LINE_BYTES
-                )
+                    *words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, limit=LINE_BYTES,
+                    start_new_session=True,  # Ctrl-C is for the page, whose end it learns through the pipe
+                )  # fmt: skip
                 self._askers = {}  # those of an earlier process are told of its end
                 self._reading = asyncio.create_task(self._read(self._process, self._askers))
             return self._process, self._askers
