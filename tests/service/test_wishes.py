@@ -470,6 +470,22 @@ def test_only_a_stop_ends_what_cannot_be_done_again() -> None:
         wishes.interruptibly(lambda: "done", by_any=False)
 
 
+@pytest.mark.parametrize("error", [None, ImportError("cut short")])
+def test_a_stop_that_comes_during_work_is_why_it_ended(error: Exception | None) -> None:
+    """Whether the work was through by then, or failed because the stop cut something short; other errors are raised."""
+    wishes = Wishes()
+
+    def work(kind: str) -> None:
+        wishes.put(Wish(kind))
+        if error is not None:
+            raise error
+
+    with contextlib.nullcontext() if error is None else pytest.raises(ImportError):
+        wishes.interruptibly(lambda: work("pause"), by_any=False)
+    with pytest.raises(Stopped):
+        wishes.interruptibly(lambda: work("stop"), by_any=False)
+
+
 def test_a_signal_does_not_interrupt_the_main_thread_for_work_of_another() -> None:
     """A host that waits for a thread which loads a run: Ctrl-C is a wish, and strikes no line of the host's own."""
     wishes, loads, may_end = Wishes(), threading.Event(), threading.Event()
