@@ -79,6 +79,20 @@ def test_one_process_answers_all_and_another_where_it_ended(tmp_path: Path, end:
     assert both[0] == both[1] != another
 
 
+def test_the_end_of_a_process_in_the_middle_of_a_question_is_its_end(tmp_path: Path) -> None:
+    """One that dies before it has read all of a long conversation, of a lack of memory say, ended like any other."""
+
+    async def talk() -> None:
+        talker = Talker(RunLayout(tmp_path), (sys.executable, "-c", "import sys; sys.stdin.buffer.raw.read(1)"))
+        try:
+            with pytest.raises(ModelError, match="the process that answers has ended"):
+                await asked(talker, "x" * (1 << 20))
+        finally:
+            await talker.end()
+
+    asyncio.run(talk())
+
+
 def test_what_libraries_print_is_no_answer(capfd: pytest.CaptureFixture[str]) -> None:
     """Only the process itself writes to what was its standard output; the rest goes to standard error."""
     before = os.dup(1)
