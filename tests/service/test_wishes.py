@@ -459,6 +459,21 @@ def test_a_wish_of_another_thread_ends_work_that_waits(kind: str) -> None:
     assert ([], True) == (ends, wishes.pending)
 
 
+@pytest.mark.parametrize(
+    ("wish", "leaves"),
+    [
+        (Wish("stop"), True), (Wish("stop", AFTER_FILE), False), (Wish("pause"), True), (Wish("resume"), False),
+        (Wish("skip"), True), (Wish("skip", file=3), True), (Wish("skip", file=4), False),
+    ],
+)  # fmt: skip
+def test_which_wishes_leave_the_file_in_hand(wish: Wish, leaves: bool) -> None:
+    """The others are granted between two of its steps."""
+    wishes = Wishes()
+    wishes.in_hand = 3
+    wishes.put(wish)
+    assert (leaves, not leaves) == (bool(wishes), wishes.answered_at_once(wish))
+
+
 def test_only_a_stop_ends_what_cannot_be_done_again() -> None:
     """A pause, a resume and a skip wait until imports are through; an import that is cut short cannot be repeated."""
     wishes = Wishes()
