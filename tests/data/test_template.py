@@ -219,10 +219,14 @@ def test_generation_markers(inside: str, outside: str) -> None:
 
 
 def test_generation_markers_that_leave_out_an_answer_are_refused() -> None:
-    """Markers around something else than the answer are refused."""
+    """Markers around something else than the answer are refused, and those of answers that no end token follows."""
     source = GENERATION.replace("%s", "x", 1).replace("%s", "{{ m['content'] }}<|im_end|>", 1)
     with pytest.raises(RowError, match="markers leave out a part of message 2"):
         ChatTemplate(byte_state(source)).render(chat("Hi", "Hello"))
+    endless = GENERATION.replace("%s", "{{ m['content'] }}", 1).replace("%s", "{{ '\n' }}", 1)
+    with pytest.raises(RowError) as refusal:
+        ChatTemplate(byte_state(endless)).render(chat("Hi", "Hello"))
+    assert NO_END.format(2) == refusal.value.reason
 
 
 @pytest.mark.parametrize(

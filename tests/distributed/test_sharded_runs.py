@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import signal
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,10 @@ from runs import new_run
 from states import assert_same_state, temporary_files
 
 from onward import Run
+from onward.errors import ConfigError
+from onward.service.session import open_session
+from onward.store.ledger import Ledger
+from onward.training.model.treatment import Treatment
 
 pytestmark = pytest.mark.shards
 SETTINGS: dict[str, Any] = {
@@ -28,6 +34,30 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {"method": "full", "learning_rate": 1e-3},
     "lora": {"method": "lora", "learning_rate": 1e-2, "lora": {"rank": 4, "dropout": 0.1}},
 }
+
+
+@dataclass(frozen=True)
+class Two:
+    """A world of two ranks, as far as its size is asked."""
+
+    size: int = 2
+
+
+def test_ranks_are_told_how_the_model_is_treated_and_refuse_what_shards_do_not_support(
+    model: Path, tmp_path: Path
+) -> None:
+    """The treatment that the admission found goes to the others as JSON. A config that comes into force during a run is
+    checked like the one that it began with, if several ranks hold the model."""
+    layout = new_run(tmp_path / "run", model, **SETTINGS, **METHODS["full"], sharding="full").layout
+    with Ledger(layout.ledger) as ledger:
+        session = open_session(layout, ledger, report=lambda _: None)
+        told = json.loads(json.dumps(session.execution.model))
+        assert (session.base_digest, session.treatment) == (told["base"], Treatment.of(told["treatment"]))
+        wished = session.config.model_copy(update={"optimizer": "adamw_8bit"})
+        session.check(wished)
+        world: Any = Two()
+        with pytest.raises(ConfigError, match="adamw_8bit, which sharding does not support"):
+            replace(session, world=world).check(wished)
 
 
 @pytest.mark.parametrize("method", METHODS)

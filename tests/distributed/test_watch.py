@@ -73,10 +73,13 @@ def test_a_silent_rank_is_named_everywhere() -> None:
 def test_who_stood_still_itself_blames_nobody() -> None:
     """A process that was suspended with the whole machine knows nothing of the others until they were silent again."""
     scene = Scene(2)
-    scene.pass_seconds(2, [0, 1])
+    scene.pass_seconds(2, [1, 0])
     scene.now += 3600.0
-    scene.watches[0].look()
+    scene.pass_seconds(11, [0])
     scene.watches[0].check()
+    scene.pass_seconds(1, [0])
+    with pytest.raises(RankLost, match="rank 1 has shown no sign of life for 10 s"):
+        scene.watches[0].check()
 
 
 def test_a_rank_that_stays_away_is_named() -> None:

@@ -17,8 +17,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from onward import Run
+from onward.config import Config
 from onward.digest import xxh3_file
 from onward.errors import ModelError
+from onward.service.admission import spec_of_proof
 from onward.store.ledger import Ledger
 from onward.training.admission.findings import FACT, Findings
 from onward.training.checkpoints import huggingface
@@ -43,6 +45,14 @@ def save(folder: Path, family: str) -> Path:
     small.small_model(family).save_pretrained(folder)
     tiny.byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.mark.parametrize(("sharding", "device"), [("off", "cuda"), ("full", "cpu")])
+def test_a_model_is_proven_as_it_is_trained(tmp_path: Path, sharding: str, device: str) -> None:
+    """In the compute type of its config, on the device that trains it, if that holds it whole."""
+    config = Config.model_validate({"model": "m", "dtype": "bfloat16", "sharding": sharding})
+    spec = spec_of_proof(config, tmp_path, torch.device("cuda"))
+    assert (config, tmp_path, torch.device(device), torch.bfloat16) == (spec.config, spec.base, spec.device, spec.dtype)
 
 
 def test_init_says_what_it_found_and_doctor_shows_it(tmp_path: Path, model: Path) -> None:

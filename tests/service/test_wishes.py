@@ -459,6 +459,21 @@ def test_a_wish_of_another_thread_ends_work_that_waits(kind: str) -> None:
     assert ([], True) == (ends, wishes.pending)
 
 
+@pytest.mark.parametrize(
+    ("wish", "leaves"),
+    [
+        (Wish("stop"), True), (Wish("stop", AFTER_FILE), False), (Wish("pause"), True), (Wish("resume"), False),
+        (Wish("skip"), True), (Wish("skip", file=3), True), (Wish("skip", file=4), False),
+    ],
+)  # fmt: skip
+def test_which_wishes_leave_the_file_in_hand(wish: Wish, leaves: bool) -> None:
+    """The others are granted between two of its steps."""
+    wishes = Wishes()
+    wishes.in_hand = 3
+    wishes.put(wish)
+    assert (leaves, not leaves) == (bool(wishes), wishes.answered_at_once(wish))
+
+
 def test_only_a_stop_ends_what_cannot_be_done_again() -> None:
     """A pause, a resume and a skip wait until imports are through; an import that is cut short cannot be repeated."""
     wishes = Wishes()
@@ -468,6 +483,22 @@ def test_only_a_stop_ends_what_cannot_be_done_again() -> None:
     wishes.put(Wish("stop"))
     with pytest.raises(Stopped):
         wishes.interruptibly(lambda: "done", by_any=False)
+
+
+@pytest.mark.parametrize("error", [None, ImportError("cut short")])
+def test_a_stop_that_comes_during_work_is_why_it_ended(error: Exception | None) -> None:
+    """Whether the work was through by then, or failed because the stop cut something short; other errors are raised."""
+    wishes = Wishes()
+
+    def work(kind: str) -> None:
+        wishes.put(Wish(kind))
+        if error is not None:
+            raise error
+
+    with contextlib.nullcontext() if error is None else pytest.raises(ImportError):
+        wishes.interruptibly(lambda: work("pause"), by_any=False)
+    with pytest.raises(Stopped):
+        wishes.interruptibly(lambda: work("stop"), by_any=False)
 
 
 def test_a_signal_does_not_interrupt_the_main_thread_for_work_of_another() -> None:

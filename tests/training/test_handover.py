@@ -47,6 +47,31 @@ def test_another_probe_loss_here_stops_the_run() -> None:
         compare(BEFORE.to_dict(), replace(BEFORE, probe_loss=2.0000001), HERE, HERE)
 
 
+@pytest.mark.parametrize(
+    ("fact", "name"),
+    [
+        ({"deterministic": False}, "not deterministic"), ({"device": "mps"}, "close"), ({"ranks": "unequal"}, "close"),
+        ({"exchange": "fast"}, "close"),
+    ],
+)  # fmt: skip
+def test_equal_bits_that_were_not_promised_are_not_bitwise(fact: dict[str, object], name: str) -> None:
+    """They are equal by chance, on whichever side the promise was missing."""
+    unsure = {**HERE, **fact}
+    for both in ((unsure, HERE), (HERE, unsure), (unsure, unsure)):
+        assert (name, 0.0) == compare(BEFORE.to_dict(), BEFORE, *both)
+
+
+def test_a_gradient_is_compared_where_both_have_one() -> None:
+    """Measurements of earlier releases have none; between two that have one, another one here is an error."""
+    one, other = replace(BEFORE, probe_gradient="a"), replace(BEFORE, probe_gradient="b")
+    old = {key: value for key, value in BEFORE.to_dict().items() if key != "probe_gradient"}
+    for before, after in ((old, one), (one.to_dict(), BEFORE), (one.to_dict(), one)):
+        assert ("bitwise", 0.0) == compare(before, after, HERE, HERE)
+    with pytest.raises(VerificationFailed, match="gradient of the probe differs"):
+        compare(one.to_dict(), other, HERE, HERE)
+    assert ("close", 0.0) == compare(one.to_dict(), other, ELSEWHERE, HERE)
+
+
 def test_elsewhere_is_close_or_not_comparable() -> None:
     """Another thread count may change the last bits; another compute type cannot be compared; a jump is an error."""
     name, difference = compare(BEFORE.to_dict(), replace(BEFORE, probe_loss=2.0002), ELSEWHERE, HERE)

@@ -68,10 +68,12 @@ def test_an_error_has_the_status_of_its_kind(error: type[OnwardError], status: i
 
 
 def test_a_machine_that_fails_is_said_to_be_busy() -> None:
-    """It may be asked again, and what is shown can be printed."""
-    for error in (sqlite3.OperationalError("no such table: a\x1b[2J"), OSError(5, "Input/output error", "a\x1b[2J")):
+    """It may be asked again, and what is shown can be printed; an error without words is called by its name."""
+    failures = OSError(5, "Input/output error", "a\x1b[2J"), OSError()
+    for error in (sqlite3.OperationalError("no such table: a\x1b[2J"), *failures):
         answer = asyncio.run(machine_error(request(), error))
         told = json.loads(bytes(answer.body))
+        assert told["error"]
         assert (503, True, True) == (answer.status_code, "doctor" in told["hint"], told["error"].isprintable())
 
 

@@ -81,6 +81,20 @@ def test_one_process_answers_all_and_another_where_it_ended(tmp_path: Path, end:
     assert both[0] == both[1] != another
 
 
+def test_the_end_of_a_process_in_the_middle_of_a_question_is_its_end(tmp_path: Path) -> None:
+    """One that dies before it has read all of a long conversation, of a lack of memory say, ended like any other."""
+
+    async def talk() -> None:
+        talker = Talker(RunLayout(tmp_path), (sys.executable, "-c", "import sys; sys.stdin.buffer.raw.read(1)"))
+        try:
+            with pytest.raises(ModelError, match="the process that answers has ended"):
+                await asked(talker, "x" * (1 << 20))
+        finally:
+            await talker.end()
+
+    asyncio.run(talk())
+
+
 def test_what_libraries_print_is_no_answer(capfd: pytest.CaptureFixture[str]) -> None:
     """Only the process itself writes to what was its standard output; the rest goes to standard error."""
     before = os.dup(1)
@@ -152,6 +166,9 @@ def test_what_is_wished_reaches_the_process_and_no_more(tmp_path: Path) -> None:
     assert [{**values, "messages": messages} for values in (*limits[:2], {})] == wishes
     with pytest.raises(UsageError, match="messages must be 1 to"):
         require_wish({"messages": [*turns, *turns[:1], {"role": "user", "content": "y"}]})
+    for wrong in ({"role": "system", "content": "x"}, {"role": "user"}, {"role": "user", "content": ["x"]}, "x"):
+        with pytest.raises(UsageError, match="objects with role and content"):
+            require_wish({"messages": [*turns[:1], wrong, {"role": "user", "content": "y"}]})
 
 
 def test_whatever_a_wish_does_the_next_one_is_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,7 +184,8 @@ def test_whatever_a_wish_does_the_next_one_is_answered(tmp_path: Path, capsys: p
 def test_what_was_trained_again_answers_as_it_is_now(
     stream: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], at: str | None
 ) -> None:
-    """After a rollback another file leads to the same step: the state that is kept in memory is not asked for it."""
+    """After a rollback another file leads to the same step: the state that is kept in memory is not asked for it. More
+    states than are kept answer, too."""
     run = Run(copy_run(stream, tmp_path / "run"))
     wish = {"at": at, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1, "temperature": 0.0}
 
@@ -183,15 +201,17 @@ def test_what_was_trained_again_answers_as_it_is_now(
     labels: list[str] = []
 
     def wishes() -> Iterator[str]:
-        yield json.dumps({"id": 1, **wish})
-        labels.append(label())
+        for number, other in enumerate(("c.jsonl", "step:3", at)):
+            yield json.dumps({"id": -number, **wish, "at": other})
+            labels.append(label())
         run.rollback("step:3")
         run.train(tiny.write_jsonl(tmp_path / "d.jsonl", tiny.chat_rows(8, seed=9)))
         yield json.dumps({"id": 2, **wish})
         labels.append(label())
 
     answering.Answering(run.layout, sys.stdout).run(wishes())
-    assert ["step 5, after file 3 (c.jsonl)", "step 5, after file 3 (d.jsonl)"] == labels
+    first, second = "step 5, after file 3 (c.jsonl)", "step 3, after file 2 (b.jsonl)"
+    assert [first, second, first, "step 5, after file 3 (d.jsonl)"] == labels
 
 
 def test_a_body_of_which_nothing_comes_is_given_up() -> None:

@@ -124,12 +124,16 @@ def test_openai_s_client(url: str, engine: Engine) -> None:
 
 
 def test_answers_by_plain_http(url: str, engine: Engine) -> None:
-    """A seed gives the same answer again; `stop` ends it; contents may come in parts."""
+    """A seed gives the same answer again; `stop` ends it, and a text that goes on; contents may come in parts."""
     body = {"messages": QUESTION, "temperature": 2, "max_tokens": 20, "seed": 7}
     first, again = (ask(f"{url}/chat/completions", body)[1]["choices"][0]["message"]["content"] for _ in range(2))
     assert first == again == engine.reply(QUESTION, Sampling(2.0, 1.0, max_tokens=20, seed=7)).outcome.text
     cut = ask(f"{url}/chat/completions", {**body, "stop": [first[5:7]]})[1]["choices"][0]
     assert (first[: first.index(first[5:7])], "stop") == (cut["message"]["content"], cut["finish_reason"])
+    text = {**body, "prompt": "the river", "messages": None}
+    goes_on = ask(f"{url}/completions", text)[1]["choices"][0]["text"]
+    ended = ask(f"{url}/completions", {**text, "stop": goes_on[5:7]})[1]["choices"][0]
+    assert (goes_on[: goes_on.index(goes_on[5:7])], "stop") == (ended["text"], ended["finish_reason"])
     unrelated = {
         "user": "u",
         "metadata": {"a": "b"},

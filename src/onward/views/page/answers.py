@@ -64,7 +64,7 @@ async def http_error(_: Request, error: Exception) -> Response:
 async def machine_error(_: Request, error: Exception) -> Response:
     """Answer if the machine fails: the ledger or a disk is busy."""
     hint = "onward doctor says more. What was committed is safe."
-    return refusal(503, printable(str(error)), hint)
+    return refusal(503, printable(str(error) or type(error).__name__), hint)
 
 
 def number(request: Request, name: str, *, least: int = 0, most: int = 2**62) -> int | None:

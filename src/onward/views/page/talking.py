@@ -64,7 +64,8 @@ class Talker:
         is_open = True
         try:
             process.stdin.write(json.dumps({**known, "id": number}).encode() + b"\n")
-            await process.stdin.drain()
+            with contextlib.suppress(ConnectionError):  # the process has ended, of which the queue tells
+                await process.stdin.drain()
             while (answer := await queue.get()) is not None:
                 is_open = "text" in answer
                 yield answer
