@@ -67,7 +67,7 @@ def test_several_processes_equal_one(variant: str, device: Path, tmp_path: Path)
     assert found["late"] > 0
     within = [waits for step, waits in enumerate(found["waits"], start=2) if step > 6 and step % STEPS != 1]
     assert {1} == set(within)
-    assert variant == "recomputed" or found["replays"] > 2 * STEPS
+    assert variant == "recomputed" or found["replays"] > (5 if variant == "anchored" else 2) * STEPS
 
 
 def test_a_model_with_experts_and_a_device_without_room(device: Path, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from onward.training.layers.attention import PADDING_FREE, lay_end_to_end
 from onward.training.layers.fused_lora import fuse_lora
 from onward.training.layers.recording import Watch, is_held
 from onward.training.state import Cursor, TrainState
+from onward.training.steps.anchor import AnchorTerm
 from onward.training.steps.economy import ROOMY, Learned
 from onward.training.steps.loss import TargetLoss
 from onward.training.steps.memory import largest_part
@@ -85,7 +86,12 @@ def make_trainer(recorder: Any, method: str = "lora", **settings: Any) -> Traine
     learned = Learned(can_record=recorder is not None)
     if recorder is not None:
         learned.recorded = RecordedParts(list(state.parameters.values()), recorder)
-    return Trainer(state, config, Execution(SingleProcess(CPU), torch.float32), learned=learned)
+    anchor = None
+    if config.anchor.weight:
+        texts, shape = [Row(row.ids, np.arange(8) > 0) for row in batch((8,) * 5, 1).rows], (5, 7, 3)
+        ids = torch.arange(5 * 7 * 3).reshape(shape) % VOCABULARY
+        anchor = AnchorTerm(texts, ids, torch.full(shape, -2.0), config.anchor.weight)
+    return Trainer(state, config, Execution(SingleProcess(CPU), torch.float32), anchor, learned=learned)
 
 
 def batch(lengths: tuple[int, ...], seed: int) -> Batch:
@@ -115,8 +121,9 @@ def train(trainer: Trainer, rounds: int = 2) -> tuple[list[float], str, str]:
         {"lora": {"rank": 4, "dropout": 0.2}, "gradient_accumulation": 2},
         {"lora": {"rank": 4, "dropout": 0.1}, "micro_batch_tokens": 64},
         {"method": "full"},
+        {"lora": {"rank": 4, "dropout": 0.2}, "anchor": {"weight": 0.5}},
     ],
-    ids=["plain", "dropout", "two parts", "parts by tokens", "full"],
+    ids=["plain", "dropout", "two parts", "parts by tokens", "full", "anchor"],
 )
 def test_replays_give_the_bits_of_what_is_computed_as_usual(settings: dict[str, Any]) -> None:
     """Steps of many sizes, with other rows and dropout each time: losses, weights and moments are equal."""

@@ -31,10 +31,11 @@ from onward.training.schedule import learning_rate
 from onward.training.seeds import seeded, taking_steps
 from onward.training.state import TrainState
 from onward.training.steps.ahead import Ahead
-from onward.training.steps.anchor import AnchorTerm
+from onward.training.steps.anchor import AnchorTerm, PlacedTexts
 from onward.training.steps.economy import Economy, Learned
 from onward.training.steps.loss import Placed, TargetLoss, add_gradients
 from onward.training.steps.parts import Part, parts_of
+from onward.training.steps.recorded_parts import RecordedParts
 
 Rates = Callable[[int, int], float]
 
@@ -225,7 +226,7 @@ class Trainer:
         """Leave the gradients of all parts in the weights, added share by share, and return the loss."""
         pairs = zip(parts, recompute, strict=True)
         shares = [list(share) for _, share in groupby(pairs, key=lambda pair: pair[0].share)]
-        alone = len(parts) == 1 and self.world.size == 1
+        alone = len(parts) == 1 and self.world.size == 1 and self.anchor is None
         compute = partial(self._compute, weight=weight, factor=factor, alone=alone)
         return self.exchange.total(shares, compute, self.state.parameters.values())
 
@@ -244,13 +245,16 @@ class Trainer:
     def _add_part(self, part: Part, weight: float, factor: float, *, again: bool, alone: bool) -> torch.Tensor:
         rows, context = self.loss.filled(part.batch, weight), partial(self._context, part.seed)
         add = partial(self._add_gradients, weight=weight, factor=factor, again=again)
-        is_plain = not again and self.state.scale is None and self.world.size == 1
-        if isinstance(rows, Placed) and is_plain:
-            recorded = self.economy.recorded_parts(part.batch)
-            if recorded is not None:
-                return recorded.add(rows, add, context, (rows.sizes, self.config.lora.dropout), alone=alone)
+        recorded = self._recorded(part.batch) if isinstance(rows, Placed) and not again else None
+        if isinstance(rows, Placed) and recorded is not None:
+            return recorded.add(rows, add, context, (rows.sizes, self.config.lora.dropout), alone=alone)
         with context():
             return add(rows)
+
+    def _recorded(self, batch: Batch) -> RecordedParts | None:
+        """Return what computes parts from recordings; None if this one is not recorded."""
+        is_plain = self.state.scale is None and self.world.size == 1
+        return self.economy.recorded_parts(batch) if is_plain else None
 
     def _add_gradients(self, rows: Batch | Placed, weight: float, factor: float, *, again: bool) -> torch.Tensor:
         with self.economy.recomputation.on(again):
@@ -270,11 +274,25 @@ class Trainer:
         if self.anchor is None:
             return []
         step = self.state.step
+        context = partial(self._context, self.anchor.seed(step, self.config))
+        compute = partial(self.anchor.add_gradients, self.loss, factor=factor)
         try:
-            with self._context(self.anchor.seed(step, self.config)):
-                return self.anchor.add_gradients(self.loss, step, self.config, factor)
+            texts = self.anchor.placed(self.loss, step, self.config)
+            recorded = self._recorded_texts(texts)
+            if recorded is not None:
+                kind = self.anchor.weight, len(texts[0].batch), texts[0].batch.tokens, self.config.lora.dropout
+                return [recorded.add(texts[0], compute, context, kind, alone=False)]
+            with context():
+                return list(map(compute, texts))
         finally:
             self.loss.forget()
+
+    def _recorded_texts(self, texts: Sequence[PlacedTexts]) -> RecordedParts | None:
+        """Return what computes the anchor's texts from recordings; None if they are computed as usual."""
+        batch = texts[0].batch
+        if len(texts) > 1 or self.loss.sizes([len(row.ids) for row in batch.rows], batch.target_tokens) is None:
+            return None  # several parts draw random numbers one after another
+        return self._recorded(batch)
 
     def _fill(self) -> None:
         """Give weights that no token of the step reached (experts) zero gradients, so that each counts every step."""

@@ -8,7 +8,7 @@ evidence that the model's own text works better than raw web text, see arXiv:260
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional
@@ -20,13 +20,42 @@ from onward.data.plan.permutation import Permutation
 from onward.data.tokenized import Row
 from onward.training.layers.varlen import to_device
 from onward.training.seeds import fold
-from onward.training.steps.loss import TargetLoss, add_gradients
+from onward.training.steps.loss import Placed, TargetLoss, add_gradients
 from onward.training.steps.parts import parts_of
 
 TOP = 64
 """How many tokens of the base's distribution, the most probable ones, are kept."""
 ROWS_PER_TEXT = 8
 """How many rows of a step there are per additional anchor text; there is at least one text."""
+
+
+@dataclass(frozen=True)
+class PlacedTexts:
+    """Texts of a step that are computed together, on the computing device.
+
+    Args:
+        batch: the texts.
+        rows: what the loss is called with.
+        ids: the base's most probable tokens at each target, int64, shape (tokens, top).
+        logs: their log-probabilities, float32, the same shape.
+        targets: the targets of all texts of the step.
+    """
+
+    batch: Batch
+    rows: Batch | Placed
+    ids: torch.Tensor
+    logs: torch.Tensor
+    targets: int
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All that differs between texts of the same lengths; those of rows only if they lie end to end."""
+        return [*(self.rows.tensors if isinstance(self.rows, Placed) else ()), self.ids, self.logs]
+
+    def copied(self) -> PlacedTexts:
+        """Return a copy in other memory."""
+        rows = self.rows.copied() if isinstance(self.rows, Placed) else self.rows
+        return replace(self, rows=rows, ids=self.ids.clone(), logs=self.logs.clone())
 
 
 @dataclass(frozen=True)
@@ -58,32 +87,36 @@ class AnchorTerm:
         """Return the seed of the dropout of the step after `step`."""
         return fold(config.seed, "step", step, "anchor")
 
-    def add_gradients(self, loss: TargetLoss, step: int, config: Config, factor: float = 1.0) -> list[torch.Tensor]:
-        """Add the gradients of the term for the step after `step`; nothing waits for the device.
+    def placed(self, loss: TargetLoss, step: int, config: Config) -> list[PlacedTexts]:
+        """Return the texts of the step after `step` on the computing device, as they are computed together."""
+        places = self.chosen(step, config)
+        batch = Batch([self.texts[place] for place in places], [RowReference("", place) for place in places], places)
+        at_once = config.model_copy(update={"gradient_accumulation": "auto", "parts": 1})
+        found: list[PlacedTexts] = []
+        for part in parts_of(batch, at_once, step, loss.layout):
+            own = part.batch.lines
+            ids, logs = (to_device(kept[own].flatten(0, 1), loss.device) for kept in (self.ids, self.logs))
+            found.append(PlacedTexts(part.batch, loss.placed(part.batch), ids, logs, batch.target_tokens))
+        return found
+
+    def add_gradients(self, loss: TargetLoss, texts: PlacedTexts, factor: float = 1.0) -> torch.Tensor:
+        """Add the gradients of the term for some texts of a step; nothing waits for the device.
 
         Args:
             factor: what the gradients are multiplied by.
 
         Returns:
-            float32 scalars on the device, whose sum is the divergence in nats per token.
+            the share of these texts in the divergence in nats per token, float32 scalar on the device.
         """
-        places = self.chosen(step, config)
-        batch = Batch([self.texts[place] for place in places], [RowReference("", place) for place in places], places)
-        at_once = config.model_copy(update={"gradient_accumulation": "auto", "parts": 1})
-        found, targets = list[torch.Tensor](), batch.target_tokens
-        for part in parts_of(batch, at_once, step, loss.layout):
-            own = part.batch.lines
-            ids, logs = (to_device(kept[own].flatten(0, 1), loss.device) for kept in (self.ids, self.logs))
-            first = 0
-            parts: list[torch.Tensor] = []
-            for logits, labels in loss.logits(part.batch):
-                there = slice(first, first + len(labels))
-                parts.append(top_divergences(ids[there], logs[there], logits).sum())
-                first += len(labels)
-            divergence = torch.stack(parts).sum() / targets
-            add_gradients(self.weight * factor * divergence)
-            found.append(divergence.detach())
-        return found
+        first = 0
+        parts: list[torch.Tensor] = []
+        for logits, labels in loss.logits(texts.rows):
+            there = slice(first, first + len(labels))
+            parts.append(top_divergences(texts.ids[there], texts.logs[there], logits).sum())
+            first += len(labels)
+        divergence = torch.stack(parts).sum() / texts.targets
+        add_gradients(self.weight * factor * divergence)
+        return divergence.detach()
 
 
 def top_of(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -181,11 +181,14 @@ class TargetLoss:
     def _to_device(self, values: NDArray[Any]) -> torch.Tensor:
         return to_device(torch.from_numpy(values), self.device)
 
-    def logits(self, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def logits(self, batch: Batch | Placed) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield logits of a batch's targets, float32 (tokens, vocabulary), and their labels, a chunk of tokens at a
         time.
 
         All rows must have the same angles. Whether gradients are recorded is up to the caller.
+
+        Args:
+            batch: the rows, or what `placed` returned for them.
         """
         self.forget()
         yield from self._logits(batch, self._below_head(batch))
@@ -207,9 +210,10 @@ class TargetLoss:
         return torch.cat(losses), torch.cat(hits)
 
     def _logits(
-        self, batch: Batch, below: tuple[Head, torch.Tensor, torch.Tensor] | None
+        self, batch: Batch | Placed, below: tuple[Head, torch.Tensor, torch.Tensor] | None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         if below is None:
+            assert isinstance(batch, Batch)
             with autocast(self.device, self.dtype), lowered(self._fused, self.dtype):
                 logits, labels, _ = self._chosen_logits(batch)
             yield logits, labels
@@ -220,7 +224,7 @@ class TargetLoss:
                 logits = head.logits(part)
             yield logits, wanted
 
-    def _below_head(self, batch: Batch) -> tuple[Head, torch.Tensor, torch.Tensor] | None:
+    def _below_head(self, batch: Batch | Placed) -> tuple[Head, torch.Tensor, torch.Tensor] | None:
         """Return the head, its input for each target, and the labels; None if the model computes all logits itself."""
         if not self._takes_rows and self._head is None:
             return None
@@ -228,9 +232,10 @@ class TargetLoss:
             hidden, labels, _ = self._hidden(batch)
         return self._head or Head(self._causal_lm.get_output_embeddings(), Tail()), hidden, labels
 
-    def _hidden(self, batch: Batch) -> _Targets:
+    def _hidden(self, batch: Batch | Placed) -> _Targets:
         """Return the head's input for each target, shape (targets, width), the labels, and the weights."""
-        return self._flat_hidden(self._place(batch)) if self._takes_rows else self._padded_hidden(batch)
+        rows = batch if isinstance(batch, Placed) else self.placed(batch)
+        return self._flat_hidden(rows) if isinstance(rows, Placed) else self._padded_hidden(rows)
 
     def _flat_hidden(self, rows: Placed) -> _Targets:
         model = self.model if self._head is not None else self._causal_lm.base_model

@@ -12,7 +12,7 @@ import gc
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, Self
 
 import torch
 from torch import nn
@@ -21,7 +21,6 @@ from onward.errors import first_line
 from onward.training.device.errors import forget_frames
 from onward.training.layers.recording import Recorder, Replay, Watch, is_held
 from onward.training.steps.gradients import added, put, taken
-from onward.training.steps.loss import Placed
 
 SEEN = 2
 """After how many parts of the same sizes they are recorded, which takes about as long as two of them."""
@@ -32,7 +31,21 @@ MOST = 64
 ALIGNED = 64
 """Gradients begin at multiples of this many numbers, as separate tensors would: sums over them depend on it."""
 
-Compute = Callable[[Placed], torch.Tensor]
+
+class Given(Protocol):
+    """What a part is computed from, on the device."""
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All that differs between parts of the same kind."""
+        ...
+
+    def copied(self) -> Self:
+        """Return a copy in other memory."""
+        ...
+
+
+Compute = Callable[[Any], torch.Tensor]
 """Adds the gradients of a part to those of the weights, and returns its loss (scalar)."""
 Context = Callable[[], AbstractContextManager[Any]]
 """Makes the context in which a part is computed: with its seed, deterministic."""
@@ -44,7 +57,7 @@ class _Known:
 
     seen: int = 0
     proofs: int = 0
-    inputs: Placed | None = None
+    inputs: Given | None = None
     replay: Replay[torch.Tensor] | None = None
 
 
@@ -62,13 +75,14 @@ class RecordedParts:
         self._known: dict[Hashable, _Known] = {}
         self._flat: torch.Tensor | None = None
         self._gradients: list[torch.Tensor] = []
-        self._was_watched = self._is_proven = False
+        self._watched_types: set[type] = set()
+        self._is_proven = False
         self.replays = 0
         """How many parts were replayed, not counting those that were computed as usual too."""
         self.hindrance = ""
         """Why nothing is recorded any more; empty as long as something may be."""
 
-    def add(self, part: Placed, compute: Compute, context: Context, kind: Hashable, *, alone: bool) -> torch.Tensor:
+    def add(self, part: Given, compute: Compute, context: Context, kind: Hashable, *, alone: bool) -> torch.Tensor:
         """Add the gradients of a part to those of the weights, and return its loss.
 
         Args:
@@ -78,7 +92,7 @@ class RecordedParts:
         """
         known = self._known.setdefault(kind, _Known())
         known.seen += 1
-        if not self._was_watched:
+        if not self.hindrance and type(part) not in self._watched_types:
             return self._watched(part, compute, context)
         if not self.hindrance and self._now() != self._places:
             self.forget("the weights are elsewhere")
@@ -123,12 +137,13 @@ class RecordedParts:
         recorded = sum(each.replay is not None for each in self._known.values())
         return known.seen > SEEN and recorded < MOST
 
-    def _plain(self, part: Placed, compute: Compute, context: Context) -> torch.Tensor:
+    def _plain(self, part: Given, compute: Compute, context: Context) -> torch.Tensor:
         with context():
             return compute(part)
 
-    def _watched(self, part: Placed, compute: Compute, context: Context) -> torch.Tensor:
-        self._was_watched, watch = True, Watch(part.ids.device, draws=True)
+    def _watched(self, part: Given, compute: Compute, context: Context) -> torch.Tensor:
+        self._watched_types.add(type(part))
+        watch = Watch(self._weights[0].device, draws=True)
         before = taken(self._weights)
         try:
             with context(), watch:
@@ -142,7 +157,7 @@ class RecordedParts:
         put(self._weights, added(before, taken(self._weights)))
         return loss
 
-    def _proven(self, known: _Known, part: Placed, compute: Compute, context: Context) -> torch.Tensor:
+    def _proven(self, known: _Known, part: Given, compute: Compute, context: Context) -> torch.Tensor:
         """Compute a part both ways; what counts is what is computed as usual."""
         before = taken(self._weights)
         loss = self._plain(part, compute, context)
@@ -166,7 +181,7 @@ class RecordedParts:
         put(self._weights, added(before, usual))
         return loss
 
-    def _record(self, known: _Known, part: Placed, compute: Compute, context: Context) -> None:
+    def _record(self, known: _Known, part: Given, compute: Compute, context: Context) -> None:
         if self._flat is None:
             self._flat, self._gradients = _laid_out(self._weights)
         inputs = known.inputs = part.copied()
@@ -180,7 +195,7 @@ class RecordedParts:
         with context():
             known.replay = self._recorder(whole)
 
-    def _replayed(self, known: _Known, part: Placed, context: Context) -> torch.Tensor:
+    def _replayed(self, known: _Known, part: Given, context: Context) -> torch.Tensor:
         assert known.inputs is not None
         assert known.replay is not None
         for target, source in zip(known.inputs.tensors, part.tensors, strict=True):
@@ -191,8 +206,10 @@ class RecordedParts:
     def _keep(self, *, alone: bool) -> None:
         """Add the gradients of a replay to those of the weights; a later replay overwrites its own."""
         assert self._flat is not None
-        found = self._gradients if alone else _views(self._flat.clone(), self._weights)
-        put(self._weights, added(taken(self._weights), found))
+        before = taken(self._weights)
+        is_added = all(gradient is not None for gradient in before)
+        found = self._gradients if alone or is_added else _views(self._flat.clone(), self._weights)
+        put(self._weights, added(before, found))
 
 
 def _laid_out(weights: Sequence[nn.Parameter]) -> tuple[torch.Tensor, list[torch.Tensor]]:
