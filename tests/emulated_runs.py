@@ -28,6 +28,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {**BFLOAT16, "lora": {"rank": 4, "dropout": 0.1}},
     "full": {**BFLOAT16, "method": "full", "learning_rate": 1e-4},
     "recomputed": {**BFLOAT16, "lora": {"rank": 4, "dropout": 0.1}, "activation_checkpointing": "on"},
+    "anchored": {
+        **BFLOAT16,
+        "lora": {"rank": 4, "dropout": 0.1, "trainable_tokens": [65, 66, 70]},
+        "anchor": {"weight": 0.5, "rows": 8, "tokens": 16},
+    },
 }
 SIZE = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
 """Heads that the attention of one call takes."""

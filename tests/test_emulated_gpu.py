@@ -51,12 +51,12 @@ def seen(device: Path, place: Path, what: str) -> dict[str, Any]:
     return {**found, "output": output}
 
 
-@pytest.mark.parametrize("variant", ["lora", "full", "recomputed"])
+@pytest.mark.parametrize("variant", ["lora", "full", "recomputed", "anchored"])
 def test_several_processes_equal_one(variant: str, device: Path, tmp_path: Path) -> None:
     """Three files in one process and in four, of which one is killed, have equal bits; a replay gives them again.
 
     Copies on side streams are done as late as a GPU might do them. A step waits for the device once, whether it is
-    computed or replayed; a boundary waits a few times more.
+    computed or replayed, has an anchor or trains rows of the embedding; a boundary waits a few times more.
     """
     found = seen(device, tmp_path / "runs", variant)
     assert [0, 0, -9, 0, 0] == found["statuses"], found["output"]

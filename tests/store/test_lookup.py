@@ -101,6 +101,7 @@ def test_a_file_is_found(name: str, states: tuple[str, ...], found: str, ledger:
         ("training", "'training' is training", "queued waits.jsonl"),
         ("rejected", "'rejected' is rejected", "queued waits.jsonl"),
         ("twice", "'twice' could mean several files: aaaaaaaaaaaa twice, bbbbbbbbbbbb twice", "file:bbbbbbbbbbbb"),
+        ("unread", "'unread' could mean several files: queued unread, queued unread", "until they have been read"),
     ],
 )
 def test_a_file_that_is_not_meant_is_refused(name: str, what: str, hint: str, ledger: Ledger) -> None:
@@ -111,6 +112,7 @@ def test_a_file_that_is_not_meant_is_refused(name: str, what: str, hint: str, le
     ledger.insert_file(name="b.jsonl", sha256="abce" + "0" * 60, state="rejected", **fixed)  # as a duplicate
     for letter in "ab":
         ledger.insert_file(name="twice", sha256=letter * 64, state="queued", **fixed)
+        ledger.insert_file(name="unread", sha256="", state="queued", **fixed)
     with pytest.raises(UsageError) as caught:
         find_file(ledger, name, "queued")
     assert what in caught.value.what

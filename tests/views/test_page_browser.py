@@ -310,7 +310,9 @@ def _takes_no_folder(page: Any, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_files_whose_names_begin_alike_can_be_told_apart_in_the_grid(tmp_path: Path, browser: Any) -> None:
-    """A name is cut off where it is longer than its cell: the file's position stands before it."""
+    """A name is cut off where it is longer than its cell: the file's position stands before it. On paper, nothing is
+    cut off at an edge, and what cannot be pressed is left out.
+    """
     names = [f"2026-11-27-support-chats-part-{number:04d}.jsonl" for number in range(2)]
     layout = made_up_run(tmp_path / "run", [(name, 3) for name in names], float)
     with Ledger(layout.ledger) as ledger:
@@ -325,6 +327,11 @@ def test_files_whose_names_begin_alike_can_be_told_apart_in_the_grid(tmp_path: P
         heads = page.locator("#grid-table th")
         expected = ["After", f"1 {names[0]}", f"2 {names[1]}", "the base", f"1 {names[0]}", f"2 {names[1]}"]
         sync_api.expect(heads).to_have_text(expected)
+        page.emulate_media(media="print", color_scheme="dark")
+        assert "rgb(255, 255, 255)" == page.evaluate("getComputedStyle(document.body).backgroundColor")
+        clipped = "[...document.querySelectorAll('.scroll')].filter((e) => getComputedStyle(e).overflow !== 'visible')"
+        assert 0 == page.evaluate(f"{clipped}.length")
+        sync_api.expect(page.locator("#theme")).to_be_hidden()
 
 
 def test_without_scripts_the_page_says_what_it_needs(tmp_path: Path, browser: Any) -> None:

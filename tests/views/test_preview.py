@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+import torch
 from commands import assert_refused, make_run, onward, snapshot
 from hypothesis import given
 from hypothesis import strategies as st
@@ -237,9 +238,10 @@ def test_an_estimate_takes_steps_as_training_does(model: Path, tmp_path: Path, m
     path, seen = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.chat_rows(10)), list[float]()
     add_gradients = AnchorTerm.add_gradients
 
-    def spy(*args: Any) -> float:
-        seen.append(add_gradients(*args))
-        return seen[-1]
+    def spy(*args: Any) -> list[torch.Tensor]:
+        found = add_gradients(*args)
+        seen.append(float(torch.stack(found).sum()))
+        return found
 
     monkeypatch.setattr(AnchorTerm, "add_gradients", spy)
     before = snapshot(run.layout.root)

@@ -122,9 +122,10 @@ def _step_meant(text: str, steps: Sequence[int]) -> int | None:
 
 def _several(text: str, rows: Sequence[FileRow], where: str) -> UsageError:
     listed = ", ".join(f"{_place(row)} {row.name}" for row in rows)
-    return UsageError(
-        f"{text!r} could mean several files: {listed}", where=where, hint=f"Say which one, as {_example(rows)}."
-    )
+    hint = f"Say which one, as {_example(rows)}."
+    if not all(row.position or row.sha256 for row in rows):
+        hint = "Nothing tells them apart until they have been read; onward history shows when they are queued."
+    return UsageError(f"{text!r} could mean several files: {listed}", where=where, hint=hint)
 
 
 def _are_alike(rows: Sequence[FileRow]) -> bool:
@@ -138,7 +139,7 @@ def _example(rows: Sequence[FileRow]) -> str:
 
 
 def _place(row: FileRow) -> str:
-    return str(row.position or row.sha256[:12])
+    return str(row.position or row.sha256[:12] or row.state)
 
 
 def _listed(rows: Sequence[FileRow], limit: int = 20) -> str:

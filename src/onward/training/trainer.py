@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from itertools import groupby
 
 import torch
@@ -150,10 +151,11 @@ class Trainer:
             factor = 1.0 if scale is None else scale.value
             total = self._gradients(batch, factor=factor)
             with self.world.together(), caused_by_no_row("the gradients of a step were clipped"):
-                divergence = self._anchor_gradients(factor)
+                anchors = self._anchor_gradients(factor)
                 self._fill()
                 self._unscale(factor)
-                loss, grad_norm = torch.stack([total, self._clip().to(total)]).tolist()  # the only wait for the device
+                scalars = torch.stack([total, self._clip().to(total), *anchors])
+                loss, grad_norm, *divergences = scalars.tolist()  # the only wait for the device
             overflowed = math.isfinite(loss) and not math.isfinite(grad_norm)
             if scale is None or not scale.can_fall or not self.world.any(overflowed):
                 break
@@ -161,7 +163,7 @@ class Trainer:
             self.state.optimizer.zero_grad(set_to_none=True)
         self._require_finite(loss, grad_norm, batch, plan)
         self.state.scale = None if scale is None else scale.after_step()
-        return loss, grad_norm, divergence
+        return loss, grad_norm, reduce(operator.add, divergences, 0.0) if divergences else None
 
     def _unscale(self, factor: float) -> None:
         if factor != 1.0:
@@ -263,10 +265,10 @@ class Trainer:
         with deterministic(device, exact=self.config.deterministic), seeded(seed, device):
             yield
 
-    def _anchor_gradients(self, factor: float) -> float | None:
-        """Add the gradient of the anchor's term, if there is one, and return the divergence that it is made of."""
+    def _anchor_gradients(self, factor: float) -> list[torch.Tensor]:
+        """Add the gradient of the anchor's term, if there is one, and return what sums up to its divergence."""
         if self.anchor is None:
-            return None
+            return []
         step = self.state.step
         try:
             with self._context(self.anchor.seed(step, self.config)):

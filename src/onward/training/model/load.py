@@ -27,6 +27,7 @@ from onward.training.layers.attention import PADDING_FREE, lay_end_to_end
 from onward.training.layers.decoder_parts import fuse_parts, kernels_work
 from onward.training.layers.experts import let_experts_repeat
 from onward.training.layers.fused_lora import ADAPTER, fuse_lora
+from onward.training.layers.token_rows import keep_places
 from onward.training.model.adapter import add_adapter, load_adapter, saved_adapter_config, train_in_float32
 from onward.training.model.adapter_shape import new_adapter_config, require_effect
 from onward.training.model.base import ADAPTER_CONFIG, COMPLETE
@@ -162,6 +163,7 @@ def make_fast(model: nn.Module, device: torch.device, *, end_to_end: bool) -> No
         fuse_parts(model)
     if isinstance(model, PeftModel):
         fuse_lora(model)
+        keep_places(model)
 
 
 def load_model(folder: Path, base: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:

@@ -18,6 +18,7 @@ from onward.data.plan.loader import Batch
 from onward.data.plan.order import RowReference
 from onward.data.plan.permutation import Permutation
 from onward.data.tokenized import Row
+from onward.training.layers.varlen import to_device
 from onward.training.seeds import fold
 from onward.training.steps.loss import TargetLoss, add_gradients
 from onward.training.steps.parts import parts_of
@@ -57,19 +58,22 @@ class AnchorTerm:
         """Return the seed of the dropout of the step after `step`."""
         return fold(config.seed, "step", step, "anchor")
 
-    def add_gradients(self, loss: TargetLoss, step: int, config: Config, factor: float = 1.0) -> float:
-        """Add the gradients of the term for the step after `step`; return the divergence in nats per token.
+    def add_gradients(self, loss: TargetLoss, step: int, config: Config, factor: float = 1.0) -> list[torch.Tensor]:
+        """Add the gradients of the term for the step after `step`; nothing waits for the device.
 
         Args:
             factor: what the gradients are multiplied by.
+
+        Returns:
+            float32 scalars on the device, whose sum is the divergence in nats per token.
         """
         places = self.chosen(step, config)
         batch = Batch([self.texts[place] for place in places], [RowReference("", place) for place in places], places)
         at_once = config.model_copy(update={"gradient_accumulation": "auto", "parts": 1})
-        total, targets = 0.0, batch.target_tokens
+        found, targets = list[torch.Tensor](), batch.target_tokens
         for part in parts_of(batch, at_once, step, loss.layout):
             own = part.batch.lines
-            ids, logs = (kept[own].flatten(0, 1).to(loss.device) for kept in (self.ids, self.logs))
+            ids, logs = (to_device(kept[own].flatten(0, 1), loss.device) for kept in (self.ids, self.logs))
             first = 0
             parts: list[torch.Tensor] = []
             for logits, labels in loss.logits(part.batch):
@@ -78,8 +82,8 @@ class AnchorTerm:
                 first += len(labels)
             divergence = torch.stack(parts).sum() / targets
             add_gradients(self.weight * factor * divergence)
-            total += float(divergence.detach())
-        return total
+            found.append(divergence.detach())
+        return found
 
 
 def top_of(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

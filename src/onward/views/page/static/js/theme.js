@@ -24,7 +24,9 @@ export function startTheme() {
     try { localStorage.setItem(KEY, next); } catch { /* kept for this page only */ }
     apply(next);
   });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => changed.dispatchEvent(new Event("change")));
+  for (const query of ["(prefers-color-scheme: dark)", "print"]) {
+    matchMedia(query).addEventListener("change", () => changed.dispatchEvent(new Event("change")));
+  }
 }
 
 export const onTheme = (call) => changed.addEventListener("change", call);
