@@ -67,10 +67,14 @@ def test_a_sound_run_has_no_findings(layout: RunLayout) -> None:
 
 
 def test_a_changed_identity_key_is_shown_with_both_values(layout: RunLayout) -> None:
-    """A locked key that the config changed is an error before the next start refuses it."""
+    """A locked key that the config changed is an error before the next start refuses it; a config that is refused is
+    told once, not under each check that needs it.
+    """
     configure(Run(layout.root), seed=7, learning_rate=0.5)
     (found,) = findings(layout, "identity")
     assert ("error", "locked keys were changed: seed: the run has 0, the config says 7") == (found.level, found.message)
+    layout.config.write_text("batch_size: four")
+    assert ["config"] == [found.subject for found in examine(layout) if "batch_size" in found.message]
 
 
 def test_a_base_under_another_name_is_the_same(layout: RunLayout, model: Path, tmp_path: Path) -> None:

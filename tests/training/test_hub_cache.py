@@ -89,9 +89,21 @@ def test_what_the_cache_lacks_of_a_model_is_downloaded(lost: str, fetch: Fetch, 
     assert 1 == len(asked)
 
 
-def test_a_model_without_weights_to_download_is_refused(fetch: Fetch) -> None:
-    """A revision without safetensors, or of which no more can be had now, is refused with both ways out."""
-    (fetch(FIRST) / "model.safetensors").unlink()
+def test_a_model_without_weights_to_download_is_refused(fetch: Fetch, monkeypatch: Any) -> None:
+    """A revision without safetensors, or of which no more can be had now, is refused with both ways out; one whose
+    download breaks off is refused, too, whatever the network's library raises.
+    """
+    folder = fetch(FIRST)
+    (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"no \*\.safetensors here") as caught:
         resolve_base(NAME, download=True, report=lambda _: None)
     assert "HF_HUB_OFFLINE" in str(caught.value.hint)
+
+    def download(name: str, **how: Any) -> str:
+        if not how.get("local_files_only"):
+            raise Exception("peer closed connection")
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(ModelError, match="cannot be downloaded: peer closed"):
+        resolve_base(NAME, download=True, report=lambda _: None)

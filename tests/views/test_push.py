@@ -139,11 +139,13 @@ def test_what_would_be_loaded_in_place_of_a_push_is_not_left_beside_it(hub: Any,
     assert {} == hub.files
 
 
-def test_a_wrong_token_is_refused(hub: Any, stream: Path) -> None:
-    """With the way to log in; nothing of the token is shown."""
+def test_a_push_that_fails_is_one_line(hub: Any, stream: Path) -> None:
+    """With the way to log in, where a token is wrong, of which nothing is shown; a hub that is not there is one too."""
     os.environ["HF_TOKEN"] = "hf_another"
     outcome = onward("push", "me/model", "--run", stream)
     assert_refused(outcome, 1, "the hub refuses", "hf auth login")
     assert "hf_another" not in outcome.err
     assert_refused(onward("push", "no such/na me", "--run", stream), 2, "OWNER/NAME")
+    os.environ["HF_ENDPOINT"] = "http://127.0.0.1:1"
+    assert_refused(onward("push", "me/model", "--run", stream), 1, "the upload failed", "Check the network")
     assert {} == hub.files

@@ -53,7 +53,7 @@ def read_config(path: Path) -> Config:
     except FileNotFoundError:
         raise ConfigError("the config is missing", where=path, hint=MISSING_HINT) from None
     except (IsADirectoryError, yaml.YAMLError, ValueError, RecursionError) as error:  # too long or too deep, too
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).replace('in "<unicode string>", line', "in line")
         raise ConfigError(f"the config cannot be read: {reason}", where=path, hint=BROKEN_HINT) from None
     except OSError as error:
         raise Unreadable.of(error, path) from None

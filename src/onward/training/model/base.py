@@ -153,7 +153,7 @@ def find_here(name: str, *, root: Path | None = None) -> Path | None:
 def _from_hub(name: str, revision: str | None, *, download: bool, report: Callable[[str], None]) -> Path:
     """Return the folder of a model in the hub's cache, which may hold a part of it: programs fetch single files."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
     try:
@@ -170,7 +170,7 @@ def _from_hub(name: str, revision: str | None, *, download: bool, report: Callab
     report(f"downloading {name}")
     try:
         found = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # from the network, its libraries, or the hub
         if usable is not None:
             return usable
         raise ModelError(

@@ -100,8 +100,13 @@ def _refusals(repository: str) -> Generator[None]:
         raise UsageError(first_line(error), where="REPO", hint="Name it as OWNER/NAME.") from None
     except LocalTokenNotFoundError:
         raise OnwardError("there is no token for the hub", where=repository, hint=LOGIN) from None
-    except (HfHubHTTPError, OSError) as error:
-        response = getattr(error, "response", None)
-        hint = LOGIN if getattr(response, "status_code", None) in (401, 403) else None
+    except OnwardError:
+        raise
+    except Exception as error:  # from the network, its libraries, or the hub
         what = _TOKEN.sub("hf_...", first_line(error))
+        response = getattr(error, "response", None)
+        if response is None:
+            hint = "Check the network, then type the same command again."
+            raise OnwardError(f"the upload failed: {what}", where=repository, hint=hint) from None
+        hint = LOGIN if getattr(response, "status_code", None) in (401, 403) else None
         raise OnwardError(f"the hub refuses: {what}", where=repository, hint=hint) from None

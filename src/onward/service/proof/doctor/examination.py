@@ -44,7 +44,10 @@ def examine(layout: RunLayout) -> list[Finding]:
         try:
             findings += check(layout)
         except OnwardError as error:
-            findings.append(Finding("error", subject, error.what, error.hint))
+            finding = Finding("error", subject, error.what, error.hint)
+            said = {(other.message, other.hint) for other in findings}
+            if (finding.message, finding.hint) not in said:  # a refused config stops many checks
+                findings.append(finding)
         except sqlite3.DatabaseError as error:
             findings.append(Finding("error", subject, str(error)))
         except OSError as error:
