@@ -107,14 +107,15 @@ class Talker:
     async def _read(self, process: asyncio.subprocess.Process, askers: Askers) -> None:
         """Pass each line to the one who asked, and the end of the process to everybody; what it says must be JSON."""
         assert process.stdout is not None
-        with contextlib.suppress(ValueError):
+        try:
             while line := await process.stdout.readline():
                 answer = json.loads(line)
                 queue = askers.get(answer.pop("id"))
                 if queue is not None:
                     queue.put_nowait(answer)
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
+        except ValueError:  # only then: to kill one that has just ended takes its status from asyncio, which complains
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
         await process.wait()  # a question from now on starts another process
         for queue in askers.values():
             queue.put_nowait(None)
