@@ -214,6 +214,8 @@ def test_followed(row: dict[str, Any], expected: object) -> None:
         ({"messages": [USER, {**CALLS, "tool_calls": [{"id": "1"}]}]}, "a call in message 2 has no name"),
         ({"messages": [USER, {**ANSWER, "thinking": "a", "reasoning": "b"}]}, "message 2 has two different thoughts"),
         ({"messages": [USER, ANSWER], "chat_template_kwargs": {"tools": []}}, '"chat_template_kwargs" sets "tools"'),
+        ({"messages": [USER, ANSWER], "chat_template_kwargs": 5}, '"chat_template_kwargs" is a number'),
+        ({"messages": [USER, ANSWER], "chat_template_kwargs": '["a"]'}, '"chat_template_kwargs" is a list'),
     ],
 )
 def test_refused(row: dict[str, Any], reason: str) -> None:

@@ -32,6 +32,7 @@ from onward.errors import DeviceLost, FileRejected, GuardRejected, OnwardError, 
 from onward.ranks import Place, place_here, start_here
 from onward.service.client import Given
 from onward.service.outside.elastic import Devices, read_devices, start_method
+from onward.service.wishes import Stopped, Wishes
 from onward.store.ledger import Ledger
 from onward.training.device.environment import promises_bits, ranks_facts
 from onward.training.ranks.failures import from_message, to_message
@@ -239,7 +240,8 @@ def meet_all(store: Any, said: list[str], *, late: int) -> list[tuple[str, list[
 
 @pytest.mark.parametrize("late", [0, 2])
 def test_processes_of_a_start_meet_each_other(late: int) -> None:
-    """torchrun keeps one store for all starts: what earlier ones wrote, all or some of it, is not taken for new."""
+    """torchrun keeps one store for all starts: what earlier ones wrote, all or some of it, is not taken for new. A wish
+    to end is heard while others are waited for."""
     store = torch.distributed.HashStore()
     names = set[str]()
     for said in (["a", "b", "c"], ["d", "e", "f"], ["g", "h"], ["i", "j", "k", "l"]):
@@ -251,6 +253,11 @@ def test_processes_of_a_start_meet_each_other(late: int) -> None:
         meet(store, (0, 3), {}, 0.1)
     with pytest.raises(RankLost, match="did not join within 0 s"):
         meet(store, (2, 3), {}, 0.1)
+    wishes = Wishes()
+    wishes.ask("SIGTERM")
+    for rank in (0, 2):
+        with pytest.raises(Stopped):
+            meet(store, (rank, 3), {}, 30.0, wishes.check_for_end)
     assert [["m", "n", "o"]] * 3 == [each for _, each in meet_all(store, ["m", "n", "o"], late=late)]
 
 
