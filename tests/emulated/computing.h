@@ -166,7 +166,11 @@ const std::set<std::string> kWaiting{
     "aten::bincount",            "aten::repeat_interleave.Tensor"};
 const std::set<std::string> kVarying{"aten::avg_pool3d_backward", "aten::put_"};  // by any variant
 
+// With rows, many releases of PyTorch copy strides from main memory for these where they add in order.
+const std::set<std::string> kStriding{"aten::scatter_add", "aten::scatter_add_", "aten::scatter_add.out", "aten::scatter.src_out"};
+
 bool waits(const std::string& name, const std::vector<IValue>& given) {
+  if (kStriding.count(name)) return at::globalContext().deterministicAlgorithms() && given[0].toTensor().dim() > 1;
   if (name == "aten::copy_") {
     const Tensor &to = given[0].toTensor(), &from = given[1].toTensor();
     if (to.is_cuda() == from.is_cuda()) return false;

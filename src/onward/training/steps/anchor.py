@@ -135,6 +135,8 @@ def top_divergences(ids: torch.Tensor, logs: torch.Tensor, logits: torch.Tensor)
         logs: their log-probabilities.
         logits: logits of the model, shape (tokens, vocabulary).
     """
-    here = functional.log_softmax(logits, -1).gather(-1, ids)
+    every = functional.log_softmax(logits, -1)
+    rows = torch.arange(0, every.numel(), every.shape[-1], device=every.device)[:, None]
+    here = every.view(-1).gather(0, (rows + ids).view(-1)).view_as(ids)  # flat, as in `cross_entropy._less_one`
     rest_there, rest_here = (torch.log1p(-each.exp().sum(-1).clamp(max=1 - 1e-6)) for each in (logs, here))
     return (logs.exp() * (logs - here)).sum(-1) + rest_there.exp() * (rest_there - rest_here)
