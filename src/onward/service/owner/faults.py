@@ -171,17 +171,20 @@ def _another_try(row: FileRow, failure: Failure, ledger: Ledger, config: Config)
 
 def doubt_of(ledger: Ledger, row: FileRow) -> str | None:
     """Return why a file is not quarantined though it failed, in words: those before it failed, too."""
-    blamed = ledger.get(BLAMED) or {}
-    if blamed.get("step") != _begins_after(ledger, row) or blamed["files"] < IN_A_ROW:
+    _, files = _blamed_before(ledger, row)
+    if files < IN_A_ROW:
         return None
     return (
-        f"the {blamed['files']} files before it were quarantined with none trained between them, so the cause is "
-        "rather the machine, the libraries or the config"
+        f"the {files} files before it were quarantined with none trained between them, so the cause is rather the "
+        "machine, the libraries or the config"
     )
 
 
-def _begins_after(ledger: Ledger, row: FileRow) -> int | None:
-    return ledger.committed_step() if row.start_step is None else row.start_step
+def _blamed_before(ledger: Ledger, row: FileRow) -> tuple[int, int]:
+    """Return the step after which a file begins, and how many were quarantined there before it."""
+    step = ledger.committed_step() if row.start_step is None else row.start_step
+    blamed = ledger.get(BLAMED) or {}
+    return step, blamed["files"] if blamed.get("step") == step else 0
 
 
 def quarantine(layout: RunLayout, ledger: Ledger, row: FileRow, reason: str) -> None:
@@ -217,8 +220,8 @@ def _quarantine(
     report = keep_refused(layout, _original(layout, row), refusal, ledger.clock(), move=True).relative_to(layout.root)
     move = Move(row, "quarantined", {"note": reason, "position": None, "failures": row.failures + 1})
     if not found:
-        step, blamed = _begins_after(ledger, row), ledger.get(BLAMED) or {}
-        ledger.put(**{BLAMED: {"step": step, "files": 1 + (blamed["files"] if blamed.get("step") == step else 0)}})
+        step, files = _blamed_before(ledger, row)
+        ledger.put(**{BLAMED: {"step": step, "files": files + 1}})
     _take_back(layout, ledger, row, move, f"{row.name} quarantined")
     ledger.add_event("error", f"{row.name} quarantined ({report}): {reason}", kind="quarantined")
 
