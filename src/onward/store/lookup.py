@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 
 from onward.errors import UsageError
+from onward.store.files import HELD
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
 from onward.text import quoted
@@ -17,8 +18,6 @@ FILE, STEP = "file:", "step:"
 ALL_STATES = ("arriving", "queued", "training", "done", "undone", "skipped", "quarantined", "rejected")
 DIGITS = 20
 """More than any step has; Python refuses to read thousands of them."""
-GONE = ("undone", "skipped", "quarantined", "rejected")
-"""States of files that are out of the stream, whatever position they had in it."""
 _HASH = re.compile(r"[0-9a-f]{4,64}")
 _STEP = re.compile(r"step[:-](\d+)")
 
@@ -45,12 +44,13 @@ def find_file(ledger: Ledger, name: str, *states: str) -> FileRow:
     others = [state for state in ALL_STATES if state not in states]
     known = _matches(ledger.files(*others), name)
     if known:
+        come = ("arriving", *HELD)
         # a file may have been queued again, or have been refused as a duplicate of the one in the stream
-        row = max(known, key=lambda each: (each.state not in GONE, each.state not in ("undone", "rejected"), each.id))
+        row = max(known, key=lambda each: (each.state in come, each.state not in ("undone", "rejected"), each.id))
         hint = f"Files that can be given here: {_listed(rows)}."
         if row.state == "done":
             hint = f"onward rebuild --without {FILE}{row.position} makes the run as if it had never seen it."
-        place = f", file {row.position} of the stream" if row.position and row.state not in GONE else ""
+        place = f", file {row.position} of the stream" if row.position and row.state in HELD else ""
         raise UsageError(f"{name!r} is {row.state}{place}", where="FILE", hint=hint)
     raise UsageError(
         f"this run has no file {name!r}", where="FILE", hint=f"Files that can be given here: {_listed(rows)}."
