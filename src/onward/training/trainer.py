@@ -164,7 +164,8 @@ class Trainer:
             self.state.optimizer.zero_grad(set_to_none=True)
         self._require_finite(loss, grad_norm, batch, plan)
         self.state.scale = None if scale is None else scale.after_step()
-        return loss, grad_norm, reduce(operator.add, divergences, 0.0) if divergences else None
+        divergence = reduce(operator.add, divergences, 0.0) if divergences else None  # sum() may round otherwise
+        return loss, grad_norm, divergence
 
     def _unscale(self, factor: float) -> None:
         if factor != 1.0:
