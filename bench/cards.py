@@ -57,7 +57,7 @@ def profile(case: Case) -> Any:
     from onward.training.model.treatment import Treatment
     from onward.training.optimizers import optimizer_method
     from onward.training.steps.loss import TargetLoss
-    from onward.training.steps.memory import profile_of
+    from onward.training.steps.model_memory import profile_of
 
     config = Config.model_validate({"max_length": LENGTH, **case.settings})
     four_bit = config.method == "qlora"

@@ -1,5 +1,6 @@
-"""The estimated memory of a step against what it takes: `memory.py METHOD ROWS LENGTH [recompute]`.
+"""The estimated memory of a step against what it takes: `memory.py METHOD ROWS LENGTH [recompute] [rows] [8x512]`.
 
+With `rows`, some rows of the vocabulary are trained; with `8x512`, the loss has an anchor of so many texts per step.
 It runs the default model on a CPU, in a process of its own: the peak of resident memory in two steps, with the copy of
 a commit beside the second, above what Python and its libraries held before the model was loaded; the peak of loading is
 reported separately. The last line of the output is JSON.
@@ -18,7 +19,7 @@ from measuring import forget_peak, resident, tune_process
 STEPS = 2
 
 
-def measure(method: str, rows: int, length: int, *, recompute: bool) -> dict[str, Any]:
+def measure(method: str, rows: int, length: int, *options: str) -> dict[str, Any]:
     """Take two steps of one part and return the bytes that were estimated and measured."""
     tune_process()
     import torch
@@ -34,19 +35,34 @@ def measure(method: str, rows: int, length: int, *, recompute: bool) -> dict[str
     from onward.training.model.spec import ModelSpec
     from onward.training.model.treatment import Treatment
     from onward.training.state import Cursor, TrainState
+    from onward.training.steps.anchor import TOP, AnchorTerm
+    from onward.training.steps.memory import largest_texts
     from onward.training.trainer import Trainer
     from onward.training.world import SingleProcess
 
-    setting = "on" if recompute else "off"
-    config = Config.model_validate({"method": method, "max_length": length, "activation_checkpointing": setting})
+    recompute, texts = "recompute" in options, [list(map(int, each.split("x"))) for each in options if "x" in each]
+    count, tokens = texts[0] if texts else (0, 8)
+    config = Config.model_validate({
+        "method": method, "max_length": length, "activation_checkpointing": "on" if recompute else "off",
+        "batch_size": max(rows, 8 * count), "lora": {"trainable_tokens": [1, 2, 40000] if "rows" in options else []},
+        "anchor": {"weight": 0.5 if count else 0.0, "tokens": tokens},
+    })  # fmt: skip
     base: Path = resolve_base("smollm2-135m", report=lambda _: None)
     before = resident()
     device = torch.device("cpu")
     model = build_model(ModelSpec(config, base, device, torch.float32), treatment=Treatment(end_to_end=True))
     state = TrainState.start(model, config)
     state.cursor = Cursor(1, "bench", 0, 1 << 20)
-    trainer = Trainer(state, config, Execution(SingleProcess(device), torch.float32))
-    estimate = trainer.economy.profile.estimate([length] * rows, recompute=recompute, alone=True)
+    shape = (config.anchor.rows, tokens - 1, TOP)
+    text = Row(np.arange(tokens), np.arange(tokens) > 0)
+    ids = torch.arange(TOP).expand(shape)
+    anchor = AnchorTerm([text] * shape[0], ids, torch.full(shape, -5.0), config.anchor.weight) if count else None
+    trainer = Trainer(state, config, Execution(SingleProcess(device), torch.float32), anchor)
+    profile = trainer.economy.profile
+    estimates = [profile.estimate([length] * rows, recompute=recompute, alone=True)]
+    if count:
+        estimates.append(profile.estimate(largest_texts(config), recompute=recompute, of_anchor=True))
+    estimate = max(each.total for each in estimates)
     source = np.random.default_rng(0)
     made = [Row(source.integers(3, 40000, length), np.arange(length) > 0) for _ in range(rows)]
     batch = Batch(made, [RowReference("bench", place) for place in range(rows)], list(range(rows)))
@@ -58,11 +74,11 @@ def measure(method: str, rows: int, length: int, *, recompute: bool) -> dict[str
     measured = resident("VmHWM") - before
     del kept
     return {
-        "method": method, "rows": rows, "length": length, "recompute": recompute, "estimate": estimate.total,
-        "measured": measured, "loaded": loaded, "off": estimate.total / measured - 1,
+        "method": method, "rows": rows, "length": length, "options": options, "estimate": estimate,
+        "measured": measured, "loaded": loaded, "off": estimate / measured - 1,
     }  # fmt: skip
 
 
 if __name__ == "__main__":
     method, rows, length = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    print(json.dumps(measure(method, rows, length, recompute="recompute" in sys.argv[4:])))
+    print(json.dumps(measure(method, rows, length, *sys.argv[4:])))

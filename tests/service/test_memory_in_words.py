@@ -73,6 +73,18 @@ def test_layers_are_computed_again_if_a_step_does_not_fit_otherwise(
     assert (usage is not SMALL) == found[1]
 
 
+def test_the_anchor_s_texts_count(measured: Path, tmp_path: Path) -> None:
+    """A step computes them too, at once if a part has so many tokens."""
+    run = Run(shutil.copytree(measured, tmp_path / "run"))
+    plain = memory.memory_in_words(run.layout)
+    configure(run, anchor={"weight": 0.1, "tokens": 8192})
+    found = memory.memory_in_words(run.layout)
+    assert plain is not None
+    assert found is not None
+    assert ": parts of 2 rows of 4,096 tokens or of 1 anchor text of 8,192 tokens, " in found[0]
+    assert float(plain[0].split()[0]) < float(found[0].split()[0])
+
+
 @pytest.mark.parametrize("main", [LARGE, SMALL, None])
 def test_a_gpu_s_commits_are_copied_to_main_memory(
     main: Usage | None, measured: Path, monkeypatch: pytest.MonkeyPatch

@@ -18,7 +18,8 @@ from onward.training.model.spec import ModelSpec
 from onward.training.model.treatment import Treatment
 from onward.training.optimizers import OPTIMIZERS, optimizer_method
 from onward.training.steps.loss import TargetLoss
-from onward.training.steps.memory import Profile, profile_of
+from onward.training.steps.memory import Profile
+from onward.training.steps.model_memory import profile_of
 
 END_TO_END = Treatment(end_to_end=True)
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -165,6 +165,37 @@ def test_the_anchor_adds_the_gradients_of_its_term() -> None:
         model.zero_grad()
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("tokens", [1, 4, 100])
+def test_texts_in_chunks_have_the_gradients_of_all_at_once(
+    family: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bits are those of a graph that keeps the logits of all chunks; what is kept is one chunk."""
+    model = small_model(family).train()  # whose head is trained, too
+    if family == "llama":
+        lay_end_to_end(model)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    monkeypatch.setattr(cross_entropy, "LOGITS_BYTES", 4 * vocabulary * tokens)
+    loss = TargetLoss(model, torch.device("cpu"), torch.float32)
+    texts = [Row(np.arange(6) + place, np.arange(6) > 0) for place in range(2)]
+    term = AnchorTerm(texts, torch.arange(40).reshape(2, 5, 4), torch.full((2, 5, 4), -2.0), 0.3)
+    (placed,) = term.placed(loss, 0, Config(batch_size=16, micro_batch_tokens=100))
+    first, parts = 0, list[torch.Tensor]()
+    torch.manual_seed(0)  # of dropout
+    for logits, labels in loss.logits(placed.rows):
+        there = slice(first, first := first + len(labels))
+        parts.append(top_divergences(placed.ids[there], placed.logs[there], logits).sum())
+    expected = torch.stack(parts).sum() / placed.targets
+    (0.3 * 4.0 * expected).backward()
+    gradients = [weight.grad for weight in model.parameters()]
+    model.zero_grad()
+    torch.manual_seed(0)
+    found = term.add_gradients(loss, placed, factor=4.0)
+    assert -(-10 // tokens) == len(parts)
+    assert torch.equal(expected, found)
+    assert all(map(torch.equal, gradients, [weight.grad for weight in model.parameters()]))
+
+
 def test_each_text_comes_once_before_one_comes_twice() -> None:
     """Anchor texts of the steps are a function of seed and step, one per 8 rows of a step."""
     term = AnchorTerm(rows(5), torch.empty(0), torch.empty(0), 0.1)

@@ -150,9 +150,8 @@ class Trainer:
         scale = self.state.scale
         while True:
             factor = 1.0 if scale is None else scale.value
-            total = self._gradients(batch, factor=factor)
+            total, anchors = self._gradients(batch, factor=factor)
             with self.world.together(), caused_by_no_row("the gradients of a step were clipped"):
-                anchors = self._anchor_gradients(factor)
                 self._fill()
                 self._unscale(factor)
                 scalars = torch.stack([total, self._clip().to(total), *anchors])
@@ -172,24 +171,35 @@ class Trainer:
             gradients = [weight.grad for weight in self.state.parameters.values() if weight.grad is not None]
             torch._foreach_mul_(gradients, 1.0 / factor)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 
-    def _gradients(self, batch: Batch, *, factor: float) -> torch.Tensor:
-        """Accumulate the gradient of the mean loss (nats) over the step's targets by weight, and return that loss.
-
-        Args:
-            factor: what the gradient, but not the loss, is multiplied by.
+    def _gradients(self, batch: Batch, *, factor: float) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Accumulate the gradient of the mean loss (nats) over the step's targets by weight, and of the anchor's term.
 
         If memory runs out, everything is repeated without recordings, then with recomputation, to the same bits.
+
+        Args:
+            factor: what the gradient, but no loss, is multiplied by.
+
+        Returns:
+            that loss, and what sums up to the anchor's divergence.
         """
         parts = parts_of(batch, self.config, self.state.step, self.loss.layout)
         again: Sequence[bool] | None
         with self.world.together():
-            again = self._recomputed(parts)
+            texts = [] if self.anchor is None else self.anchor.placed(self.loss, self.state.step, self.config)
+            again = self._recomputed([part.batch for part in parts], [text.batch for text in texts])
         while True:
+            is_anchored = False
             try:
-                return self._accumulate(parts, again, batch.weight, factor)
+                total = self._accumulate(parts, again[: len(parts)], batch.weight, factor)
+                is_anchored = True
+                with self.world.together():
+                    return total, self._anchor_gradients(texts, again[len(parts) :], factor)
             except Exception as error:
                 self.state.optimizer.zero_grad(set_to_none=True)
                 again = self._with_less(error, again) if is_out_of_memory(error) else None
+                if again is None and is_anchored:
+                    with caused_by_no_row("the anchor's part of a step was computed"):
+                        raise
                 if again is None:
                     raise
 
@@ -212,14 +222,18 @@ class Trainer:
         self.economy.always = True
         return [True] * len(recompute)
 
-    def _recomputed(self, parts: Sequence[Part]) -> list[bool]:
-        """Return for each part whether its layers are recomputed. This may measure, so it comes before any gradient.
+    def _recomputed(self, parts: Sequence[Batch], texts: Sequence[Batch]) -> list[bool]:
+        """Return for each part, then for each of the anchor's, whether its layers are recomputed.
 
-        If weights are sharded, every rank does the same, and layers are gathered again in any case.
+        This may measure, so it comes before any gradient. If weights are sharded, every rank does the same, and layers
+        are gathered again in any case.
         """
         if self.execution.placement is not None:
-            return [self.economy.setting != "off"] * len(parts)
-        return [self.economy.recomputes(part.batch) for part in parts]
+            return [self.economy.setting != "off"] * (len(parts) + len(texts))
+        return [
+            *(self.economy.recomputes(part) for part in parts),
+            *(self.economy.recomputes(text, of_anchor=True) for text in texts),
+        ]
 
     def _accumulate(
         self, parts: Sequence[Part], recompute: Sequence[bool], weight: float, factor: float
@@ -270,21 +284,25 @@ class Trainer:
         with deterministic(device, exact=self.config.deterministic), seeded(seed, device):
             yield
 
-    def _anchor_gradients(self, factor: float) -> list[torch.Tensor]:
+    def _anchor_gradients(
+        self, texts: Sequence[PlacedTexts], recompute: Sequence[bool], factor: float
+    ) -> list[torch.Tensor]:
         """Add the gradient of the anchor's term, if there is one, and return what sums up to its divergence."""
         if self.anchor is None:
             return []
-        step = self.state.step
-        context = partial(self._context, self.anchor.seed(step, self.config))
+        context = partial(self._context, self.anchor.seed(self.state.step, self.config))
         compute = partial(self.anchor.add_gradients, self.loss, factor=factor)
         try:
-            texts = self.anchor.placed(self.loss, step, self.config)
-            recorded = self._recorded_texts(texts)
+            recorded = None if any(recompute) else self._recorded_texts(texts)
             if recorded is not None:
                 kind = self.anchor.weight, len(texts[0].batch), texts[0].batch.tokens, self.config.lora.dropout
                 return [recorded.add(texts[0], compute, context, kind, alone=False)]
+            found: list[torch.Tensor] = []
             with context():
-                return list(map(compute, texts))
+                for text, again in zip(texts, recompute, strict=True):
+                    with self.economy.recomputation.on(again):
+                        found.append(compute(text))
+            return found
         finally:
             self.loss.forget()
 

@@ -15,6 +15,7 @@ from onward.layout import RunLayout
 from onward.service.session import Session, open_session
 from onward.service.state.own_parts import start_folder
 from onward.store.ledger import Ledger
+from onward.text import how_many
 from onward.training.device.environment import pick_device, pick_dtype
 from onward.training.device.memory import read_usage
 from onward.training.model.load import build_model
@@ -24,7 +25,8 @@ from onward.training.optimizers import optimizer_method
 from onward.training.state import TrainState
 from onward.training.steps.economy import Economy, Learned
 from onward.training.steps.loss import TargetLoss
-from onward.training.steps.memory import FACT, USABLE, Profile, fits, is_alone, largest_part, profile_of
+from onward.training.steps.memory import FACT, USABLE, Profile, fits, largest_part, largest_texts, most_of
+from onward.training.steps.model_memory import profile_of
 
 
 def measure_memory(layout: RunLayout, ledger: Ledger) -> Profile:
@@ -78,15 +80,17 @@ def memory_in_words(layout: RunLayout) -> tuple[str, bool] | None:
     profile = kept_profile(layout, config)
     if profile is None:
         return None
-    device, part, setting = pick_device(), largest_part(config), config.activation_checkpointing
+    device, setting = pick_device(), config.activation_checkpointing
     usage = read_usage(device)
-    alone = is_alone(part, config)
-    estimate = profile.estimate(part, alone=alone)
+    estimate = most_of(profile, config)
     lacks_room = profile.recomputed is not None and not fits(estimate, usage)
     how = "nothing is computed again"
     if setting == "on" or (setting == "auto" and lacks_room):
-        estimate, how = profile.estimate(part, recompute=True, alone=alone), "layers are computed again"
+        estimate, how = most_of(profile, config, recompute=True), "layers are computed again"
+    part, texts = largest_part(config), largest_texts(config)
     rows = f"parts of {len(part)} rows of {config.max_length:,} tokens"
+    if texts:
+        rows += f" or of {how_many(len(texts), 'anchor text')} of {config.anchor.tokens:,} tokens"
     here = "" if usage is None else f"; {usage.available / 1e9:.1f} GB of {usage.total / 1e9:.1f} GB available"
     room, copy = fits(estimate, usage), ""
     if device.type != "cpu":  # a CPU's estimate counts it

@@ -8,9 +8,8 @@ to the last bit, the head is not separated: the model computes all of its logits
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from typing import Any, Literal, cast
 
 import torch
@@ -22,6 +21,8 @@ from transformers import PreTrainedConfig
 from onward.training.layers import cross_entropy
 
 Form = Literal["times", "over", "cap"]
+LossOfChunk = Callable[[torch.Tensor, slice], torch.Tensor]
+"""Returns the loss (scalar) of some tokens from their hidden states, shape (chunk, width), and their places."""
 RANGE = 60.0
 """A tail is tried on logits between minus and plus this."""
 IDS = (1, 2, 1)
@@ -97,8 +98,24 @@ class Head:
                 (self.plain(*part) for part in self.chunks(hidden, labels, counts)),
                 start=torch.zeros((), device=hidden.device),
             )
+
+        def loss(part: torch.Tensor, there: slice) -> torch.Tensor:
+            return self.plain(part, labels[there], None if counts is None else counts[there])
+
+        return self.in_chunks(hidden, self.slices(len(hidden)), loss)
+
+    def in_chunks(self, hidden: torch.Tensor, slices: Sequence[slice], loss: LossOfChunk) -> torch.Tensor:
+        """Return the sum of the losses of slices of hidden states, in their order.
+
+        The gradient is made in the forward pass, so that what a loss keeps is freed before the next one is computed.
+
+        Args:
+            hidden: shape (tokens, width).
+            slices: of the tokens, all of them once.
+            loss: may use the head's weights, which get their gradients.
+        """
         trained = [weight for weight in self.module.parameters() if weight.requires_grad]
-        return cast(Any, _InChunks).apply(hidden, labels, counts, self, *trained)
+        return cast(Any, _InChunks).apply(hidden, slices, loss, *trained)
 
     def scores(
         self, hidden: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
@@ -125,11 +142,15 @@ class Head:
     def chunks(
         self, hidden: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor | None = None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-        """Yield hidden states, labels and weights for as many tokens at a time as have `LOGITS_BYTES` of logits."""
+        """Yield hidden states, labels and weights of each of the `slices`."""
+        for there in self.slices(len(hidden)):
+            yield hidden[there], labels[there], None if counts is None else counts[there]
+
+    def slices(self, tokens: int) -> list[slice]:
+        """Return slices of as many tokens at a time as have `LOGITS_BYTES` of logits."""
         vocabulary = max(len(weight) for weight in self.module.parameters())
         size = max(1, cross_entropy.LOGITS_BYTES // (4 * vocabulary))
-        parts = repeat(None) if counts is None else counts.split(size)
-        return zip(hidden.split(size), labels.split(size), parts, strict=False)
+        return [slice(first, min(first + size, tokens)) for first in range(0, max(1, tokens), size)]
 
 
 def counted_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
@@ -158,30 +179,29 @@ class _InChunks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor | None, head: Head,
-        *trained: torch.Tensor,
-    ) -> torch.Tensor:  # fmt: skip
+        ctx: Any, hidden: torch.Tensor, slices: Sequence[slice], loss: LossOfChunk, *trained: torch.Tensor
+    ) -> torch.Tensor:
         total = torch.zeros((), device=hidden.device)
-        hidden_grads: list[torch.Tensor] = []
+        hidden_grad = torch.zeros_like(hidden)
         sums = [torch.zeros_like(weight) for weight in trained]
-        for part, wanted, own_counts in head.chunks(hidden.detach(), labels, counts):
-            own = part.requires_grad_()
+        for there in slices:
+            own = hidden.detach()[there].requires_grad_()
             with torch.enable_grad():
-                loss = head.plain(own, wanted, own_counts)
-            own_grad, *grads = cast(Any, torch.autograd.grad(loss, [own, *trained], allow_unused=True))
-            total += loss.detach()
-            hidden_grads.append(own_grad)
+                found = loss(own, there)
+            own_grad, *grads = cast(Any, torch.autograd.grad(found, [own, *trained], allow_unused=True))
+            total += found.detach()
+            hidden_grad[there] = own_grad
             for held, grad in zip(sums, grads, strict=True):
                 if grad is not None:
                     held += grad
-        ctx.save_for_backward(torch.cat(hidden_grads) if hidden_grads else torch.zeros_like(hidden), *sums)
+        ctx.save_for_backward(hidden_grad, *sums)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden_grad, *grads = (grad * grad_outputs[0] for grad in ctx.saved_tensors)
-        return (hidden_grad, None, None, None, *grads)
+        return (hidden_grad, None, None, *grads)
 
 
 def find_head(model: nn.Module, device: torch.device) -> Head | None:

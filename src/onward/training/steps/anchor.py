@@ -76,7 +76,7 @@ class AnchorTerm:
 
     def chosen(self, step: int, config: Config) -> list[int]:
         """Return the texts of the step after `step`, a function of seed and step; none repeats before all have come."""
-        count = max(1, config.batch_size // ROWS_PER_TEXT)
+        count = texts_of_step(config)
         found: list[int] = []
         for number in range(step * count, (step + 1) * count):
             turn, place = divmod(number, len(self.texts))
@@ -108,15 +108,20 @@ class AnchorTerm:
         Returns:
             the share of these texts in the divergence in nats per token, float32 scalar on the device.
         """
-        first = 0
-        parts: list[torch.Tensor] = []
-        for logits, labels in loss.logits(texts.rows):
-            there = slice(first, first + len(labels))
-            parts.append(top_divergences(texts.ids[there], texts.logs[there], logits).sum())
-            first += len(labels)
-        divergence = torch.stack(parts).sum() / texts.targets
-        add_gradients(self.weight * factor * divergence)
-        return divergence.detach()
+        divergences: list[torch.Tensor] = []
+
+        def loss_of(logits: torch.Tensor, there: slice) -> torch.Tensor:
+            divergence = top_divergences(texts.ids[there], texts.logs[there], logits).sum()
+            divergences.append(divergence.detach())
+            return self.weight * factor * (divergence / texts.targets)
+
+        add_gradients(loss.sum_over_chunks(texts.rows, loss_of))
+        return torch.stack(divergences[::-1]).sum() / texts.targets
+
+
+def texts_of_step(config: Config) -> int:
+    """Return how many texts a step has."""
+    return max(1, config.batch_size // ROWS_PER_TEXT)
 
 
 def top_of(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,7 +20,8 @@ from onward.training.layers.recording import sharing_recorder
 from onward.training.seeds import fold, seeded
 from onward.training.state import TrainState
 from onward.training.steps.loss import TargetLoss, add_gradients
-from onward.training.steps.memory import USABLE, Polynomial, Profile, crude_of, largest_part, profile_of
+from onward.training.steps.memory import USABLE, Polynomial, Profile, most_of
+from onward.training.steps.model_memory import crude_of, profile_of
 from onward.training.steps.recorded_parts import RecordedParts
 
 ROOMY = 0.75
@@ -97,8 +98,11 @@ class Economy:
         model, method = self._state.model, self._state.method
         return profile_of(model, method, self._loss, self._config, self._device.type)
 
-    def recomputes(self, part: Batch) -> bool:
+    def recomputes(self, part: Batch, *, of_anchor: bool = False) -> bool:
         """Return whether the layers are recomputed for a part; called before anything of the step is computed.
+
+        Args:
+            of_anchor: whether the part has the anchor's texts.
 
         Raises:
             ConfigError: the config wants it and the model does not allow it.
@@ -113,7 +117,7 @@ class Economy:
                     hint="Set activation_checkpointing: off, and a lower micro_batch_tokens if memory is short.",
                 )
             return True
-        return (self.always or not self._fits(part)) and self._is_exact()
+        return (self.always or not self._fits(part, of_anchor=of_anchor)) and self._is_exact()
 
     def recorded_parts(self, part: Batch) -> RecordedParts | None:
         """Return what computes parts from recordings; None if this one is not recorded."""
@@ -140,7 +144,7 @@ class Economy:
         if size not in self._roomy:
             usage = self.learned.read(self._device)
             own = self.profile.estimate([1 << size])
-            beside = self.profile.estimate(largest_part(self._config)).total
+            beside = most_of(self.profile, self._config).total
             kept = 2 * own.gradients + own.activations + own.logits  # where they are computed, and where they are left
             self._roomy[size] = usage is not None and kept + beside <= ROOMY * usage.available
         return self._roomy[size]
@@ -149,7 +153,7 @@ class Economy:
         """Return whether a step that ran out of memory may be tried again with recomputation."""
         return self.setting == "auto" and self._is_exact()
 
-    def _fits(self, part: Batch) -> bool:
+    def _fits(self, part: Batch, *, of_anchor: bool) -> bool:
         lengths = [len(row.ids) for row in part.rows]
         if self._loss.layout.padded:
             lengths = [max(lengths)] * len(lengths)
@@ -159,7 +163,7 @@ class Economy:
         usage = self.learned.read(self._device)
         if usage is None or self._crude(lengths) <= ROOMY * usage.free:
             return True
-        return self.profile.estimate(lengths).total <= USABLE * usage.available
+        return self.profile.estimate(lengths, of_anchor=of_anchor).total <= USABLE * usage.available
 
     def _crude(self, lengths: Sequence[int]) -> int:
         if self.learned.crude is None:

@@ -18,7 +18,7 @@ from onward.training.layers.attention import PADDING_FREE, row_arguments, takes_
 from onward.training.layers.buffers import Buffers
 from onward.training.layers.cross_entropy import linear_cross_entropy
 from onward.training.layers.fused_lora import fused_layers, lowered
-from onward.training.layers.head import Head, Tail, counted_cross_entropy, find_head, scores_of
+from onward.training.layers.head import Head, LossOfChunk, Tail, counted_cross_entropy, find_head, scores_of
 from onward.training.layers.rope import EVERY_LENGTH, angles_of
 from onward.training.layers.varlen import RowKernel, Varlen, kernel_for, to_device
 from onward.training.model.adapter import head_weight
@@ -192,6 +192,27 @@ class TargetLoss:
         """
         self.forget()
         yield from self._logits(batch, self._below_head(batch))
+
+    def sum_over_chunks(self, batch: Batch | Placed, loss: LossOfChunk) -> torch.Tensor:
+        """Return the sum of a loss over the chunks of `logits`, with its graph, which keeps the logits of no chunk.
+
+        Args:
+            loss: returns the loss (scalar) of a chunk from its logits and the places of its targets in the batch.
+        """
+        self.forget()
+        below = self._below_head(batch)
+        if below is None:
+            ((logits, labels),) = self._logits(batch, None)
+            return loss(logits, slice(0, len(labels)))
+        head, hidden, _ = below
+
+        def compute(part: torch.Tensor, there: slice) -> torch.Tensor:
+            with autocast(self.device, self.dtype):
+                logits = head.logits(part)
+            return loss(logits, there)
+
+        # from the last one on, as autograd adds the gradients of a head's weights
+        return head.in_chunks(hidden, head.slices(len(hidden))[::-1], compute)
 
     def scores(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the cross-entropy (nats, float32) of each target of a batch, and whether it has the largest logit.

@@ -1,38 +1,19 @@
-"""How much of the device's memory a step takes: measured on the model itself, extrapolated to the parts of a step.
-
-What the backward pass keeps of a row is counted in small forward passes. It is a polynomial in the row's length: a
-constant, a term per token, and one per pair of tokens if attention keeps its scores.
-"""
+"""How much of the device's memory a step takes: what was measured of the model, extrapolated to the parts of a step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Self, cast
-
-import numpy as np
-import torch
-from peft import PeftModel
-from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
+from typing import Any, Self
 
 from onward.config import Config
 from onward.config.keys import MICRO_BATCH_TOKENS
-from onward.data.plan.loader import Batch
-from onward.data.plan.order import RowReference
-from onward.data.tokenized import Row
 from onward.training.device.memory import Usage
 from onward.training.layers.cross_entropy import CHUNK_BYTES, LOGITS_BYTES, TILE_BYTES
-from onward.training.layers.recompute import Recomputation
-from onward.training.model.load import causal_lm
-from onward.training.optimizers import OptimizerMethod
-from onward.training.transfer import Sizes
+from onward.training.steps.anchor import texts_of_step
 
 FACT = "memory"
 """The ledger's fact in which a run keeps what was measured of its model."""
-LONGEST = 48
-"""Tokens of the longest row that is measured."""
 USABLE = 0.92
 """The share of the available memory that a step may take."""
 HOLES = {"full": (1.10, 3.0), "adapter": (1.33, 2.3), "4-bit": (1.75, 8.5)}
@@ -42,11 +23,8 @@ layers and weights that are expanded from 4 bits. Checked with parts of 64 to 4,
 weights (`bench/memory.py`). In memory that CUDA's allocator reports as allocated there are no holes."""
 LIBRARIES = {"full": 60_000_000, "adapter": 60_000_000, "4-bit": 110_000_000}
 """What libraries take on first use on a CPU, and what is left of loading."""
-CRUDE = 8
-"""The most bytes that a token leaves, in usual models, per feature that goes into or out of a linear layer, those of
-chosen experts included."""
-SCORE = 12
-"""The most bytes that attention leaves for each of its scores, where it keeps them: scores, mask and product."""
+DIVERGENCE = 4
+"""Logits of the anchor's texts, their logarithms, and the gradients of both."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +53,7 @@ class Profile:
         layers: lists of modules that are computed one after another; one of them is recomputed at a time.
         vocabulary: logits of a token.
         trained_head: bytes of the head's weights if they are trained.
+        trained_rows: bytes of the head's gradient if some of its rows are trained: `whole` counts it once.
         device: type of the device.
         kind: what is trained, as in `HOLES`.
         workspace: what a step of the optimizer takes while it runs.
@@ -93,6 +72,7 @@ class Profile:
     kind: str = "adapter"
     workspace: int = 0
     pinned: int = 0
+    trained_rows: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the profile as JSON values."""
@@ -109,19 +89,25 @@ class Profile:
         }  # fmt: skip
         return cls(**{**values, **kept})
 
-    def estimate(self, lengths: Sequence[int], *, recompute: bool = False, alone: bool = False) -> Estimate:
+    def estimate(
+        self, lengths: Sequence[int], *, recompute: bool = False, alone: bool = False, of_anchor: bool = False
+    ) -> Estimate:
         """Return what a step takes if its largest part has rows of these lengths.
 
         Args:
             alone: whether the step has no other part; otherwise there are gradients before its backward pass begins.
+            of_anchor: whether the rows are the anchor's texts, whose logits are kept for some tokens at a time.
         """
-        tokens, whole = sum(lengths), self.whole(lengths)
+        tokens, whole = sum(lengths), self.whole(lengths) - self.trained_rows
         one_layer = whole / max(1, self.layers)
         again = recompute and self.recomputed is not None
-        kept = self.recomputed(lengths) + one_layer if again and self.recomputed else whole
-        budget = (CHUNK_BYTES if self.trained_head else TILE_BYTES).get(self.device, LOGITS_BYTES)
-        logits = 2 * min(budget, 4 * tokens * self.vocabulary)
+        kept = self.recomputed(lengths) - self.trained_rows + one_layer if again and self.recomputed else whole
+        copies, budget = 2, (CHUNK_BYTES if self.trained_head else TILE_BYTES).get(self.device, LOGITS_BYTES)
+        if of_anchor:
+            copies, budget = DIVERGENCE, LOGITS_BYTES
+        logits = copies * min(budget, 4 * tokens * self.vocabulary)
         logits += 3 * self.trained_head  # the head's gradient: summed, scaled, and once more
+        logits += 2 * self.trained_rows  # the head with its rows, and the gradient of all
         gradients = self.trained
         if self.device == "cpu":
             plain, recomputed = HOLES[self.kind]
@@ -191,6 +177,24 @@ def largest_part(config: Config) -> list[int]:
     return [length] * max(1, min(share, tokens // length))
 
 
+def largest_texts(config: Config) -> list[int]:
+    """Return the lengths of the anchor's texts that are computed at once; none if they are not in the loss."""
+    length = config.anchor.tokens
+    if not (config.anchor.weight and config.anchor.rows):
+        return []
+    return [length] * max(1, min(texts_of_step(config), config.part_tokens // length))
+
+
+def most_of(profile: Profile, config: Config, *, recompute: bool = False) -> Estimate:
+    """Return what a step of full rows takes at most: with its largest part, or with the anchor's texts."""
+    part, texts = largest_part(config), largest_texts(config)
+    most = profile.estimate(part, recompute=recompute, alone=is_alone(part, config))
+    if not texts:
+        return most
+    anchored = profile.estimate(texts, recompute=recompute, of_anchor=True)
+    return max(most, anchored, key=lambda estimate: estimate.total)
+
+
 PART_TOKENS = (32768, 16384, MICRO_BATCH_TOKENS, 4096, 2048)
 """Numbers of tokens that a part may have on a GPU, largest first; fewer leave a GPU idle."""
 
@@ -204,130 +208,6 @@ def part_tokens(profile: Profile, room: int, length: int) -> int:
     return PART_TOKENS[-1]
 
 
-def profile_of(
-    model: nn.Module, method: OptimizerMethod, loss: Callable[[Batch], torch.Tensor], config: Config, device: str
-) -> Profile:
-    """Measure a model in a few forward passes over small rows, without changing it.
-
-    Args:
-        model: a model in training mode; its tensors need no memory (`model/outline.py`).
-        method: the optimizer, which determines what is kept for each trained weight.
-        loss: computes the summed loss of a part, with its graph.
-    """
-    recomputation = Recomputation(model)
-    weights = {id(weight): weight.numel() * weight.element_size() for weight in model.parameters()}
-    parameters = {name: weight for group in method.groups(model) for name, weight in group}
-    sizes = [weights[id(weight)] for weight in parameters.values()]
-    trained = sum(sizes)
-    buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
-    embedding = int(causal_lm(model).get_input_embeddings().weight.shape[0])  # type: ignore[union-attr,arg-type]
-    head = causal_lm(model).get_output_embeddings()
-    whole = _fit(model, loss, config.max_length)
-    with recomputation.on():
-        again = _fit(model, loss, config.max_length)
-    is_quantized = any(map(_is_quantized, model.parameters()))
-    mapped = _mapped(model) if device == "cpu" and is_quantized else 0
-    return Profile(
-        base=sum(weights.values()) - trained + buffers + mapped,
-        trained=trained,
-        moments=method.bytes(parameters),
-        whole=whole,
-        recomputed=again if again.token < 0.9 * whole.token else None,
-        layers=max((len(part) for part in model.modules() if isinstance(part, nn.ModuleList)), default=1),
-        vocabulary=embedding,
-        trained_head=sum(weights[id(weight)] for weight in _trained_in(head)),
-        device=device,
-        kind="4-bit" if is_quantized else "adapter" if isinstance(model, PeftModel) else "full",
-        workspace=method.workspace(parameters) if device == "cpu" else 0,
-        pinned=pinned(sizes, method.bytes(parameters)) if device == "cuda" else 0,
-    )
-
-
-def pinned(weights: Sequence[int], moments: int) -> int:
-    """Return the main memory for a copy from a GPU: PyTorch rounds each pinned storage up to a power of two.
-
-    Args:
-        weights: bytes of each trained weight; large ones have a storage each (`transfer/layout.py`).
-        moments: bytes of the optimizer's state, which has one.
-    """
-    large = [size for size in weights if size > Sizes().small]
-    return sum(1 << (size - 1).bit_length() for size in (*large, sum(weights) - sum(large), moments) if size)
-
-
-def _is_quantized(weight: nn.Parameter) -> bool:
-    return hasattr(weight, "quant_state")
-
-
-def _mapped(model: nn.Module) -> int:
-    """Return what the files of a model that was quantized on a CPU take beside its weights: they stay mapped, since the
-    weights that are not quantized lie in them.
-    """
-    files = sum(file.stat().st_size for file in Path(str(causal_lm(model).name_or_path)).glob("*.safetensors"))
-    plain = (each for each in model.parameters() if not each.requires_grad and not _is_quantized(each))
-    return max(0, files - sum(each.numel() * each.element_size() for each in plain))
-
-
-def _trained_in(head: object) -> list[nn.Parameter]:
-    return [weight for weight in head.parameters() if weight.requires_grad] if isinstance(head, nn.Module) else []
-
-
-def crude_of(model: nn.Module, *, padded: bool) -> Polynomial:
-    """Return an upper bound of the bytes that a part keeps in usual models, without computing anything.
-
-    Args:
-        padded: whether rows are padded: then attention is the model's own, which may keep its scores.
-    """
-    config: Any = cast(Any, causal_lm(model).config).get_text_config()
-    chosen, heads, layers = (
-        getattr(config, key, None) for key in ("num_experts_per_tok", "num_attention_heads", "num_hidden_layers")
-    )
-    apart = (part for part in model.modules() if not isinstance(part, nn.Embedding))
-    shapes = [weight.shape for part in apart for weight in part.parameters(recurse=False)]
-    # GPT-2 has linear layers of its own class, and stacked experts are weights of their own
-    features = sum(sum(shape) for shape in shapes if len(shape) == 2)
-    features += sum((chosen or shape[0]) * sum(shape[1:]) for shape in shapes if len(shape) == 3)
-    drops = any(getattr(config, key, None) for key in ("attention_dropout", "attn_pdrop"))
-    scores = heads * layers if isinstance(heads, int) and isinstance(layers, int) and (padded or drops) else 0
-    return Polynomial(0.0, float(CRUDE * features), float(SCORE * scores))
-
-
 def fits(estimate: Estimate, usage: Usage | None) -> bool:
     """Return whether a step fits into the available memory; True if that is unknown."""
     return usage is None or estimate.total <= USABLE * usage.available
-
-
-def _fit(model: nn.Module, loss: Callable[[Batch], torch.Tensor], longest: int) -> Polynomial:
-    top = max(8, min(LONGEST, longest))
-    lengths = [top // 2, 3 * top // 4, top]
-    sizes = [float(_kept(model, partial_loss)) for partial_loss in ((lambda n=n: loss(_row(n))) for n in lengths)]
-    matrix = np.array([[1.0, length, length**2] for length in lengths])
-    constant, token, pair = np.linalg.solve(matrix, np.array(sizes))
-    if abs(pair) * top**2 < 0.02 * sizes[-1]:  # rounding of blocks, not attention scores
-        (token, constant), pair = np.polyfit(lengths, sizes, 1), 0.0
-    return Polynomial(max(0.0, float(constant)), float(token), max(0.0, float(pair)))
-
-
-def _row(length: int) -> Batch:
-    targets = np.arange(length) > 0
-    return Batch([Row(np.ones(length, dtype=np.int64), targets)], [RowReference("memory", 0)], [0])
-
-
-def _kept(model: nn.Module, forward: Callable[[], torch.Tensor]) -> int:
-    """Return the bytes that the backward pass would need from a forward pass, in addition to weights and buffers."""
-    places = {_place(each) for each in (*model.parameters(), *model.buffers())}
-    kept: dict[int, torch.Tensor] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        place = _place(tensor)
-        if place not in places:
-            kept.setdefault(place, tensor.detach())  # held, so that no other tensor gets its memory
-        return tensor.detach()  # nodes that hold their own outputs, here or in `kept`, are never freed
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-
-
-def _place(tensor: torch.Tensor) -> int:
-    """Return an identifier of a tensor's memory that is the same for all views, even if it has no memory."""
-    return cast(Any, StorageWeakRef)(tensor.untyped_storage()).cdata
