@@ -18,7 +18,7 @@ from onward.errors import ConfigError, Unreadable
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """libyaml's safe loader where PyYAML has it: ten times faster, and the config is read at every boundary."""
 
-KEYS_HINT = "docs/config.md lists every key with its values."
+KEYS_HINT = "docs/config.md lists every key with its values; the onward.yaml of a run explains them, too."
 MISSING_HINT = (
     "Put it back; the values last used for training are in current_model/checkpoint-*/onward.json, under config."
 )

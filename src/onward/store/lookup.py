@@ -52,6 +52,10 @@ def find_file(ledger: Ledger, name: str, *states: str) -> FileRow:
             hint = f"onward rebuild --without {FILE}{row.position} makes the run as if it had never seen it."
         place = f", file {row.position} of the stream" if row.position and row.state in HELD else ""
         raise UsageError(f"{name!r} is {row.state}{place}", where="FILE", hint=hint)
+    expected = _expected(ledger, name, rows)
+    if expected is not None:
+        what = f"file {name.removeprefix(FILE)} waits and may still get another place"
+        raise UsageError(what, where="FILE", hint=f"Give its name: {expected}")
     raise UsageError(
         f"this run has no file {name!r}", where="FILE", hint=f"Files that can be given here: {_listed(rows)}."
     )
@@ -101,6 +105,17 @@ def states_named(ledger: Ledger, text: str, steps: Sequence[int]) -> list[str]:
     step = _step_meant(text, steps)
     files = [] if text.startswith(STEP) else _matches(ledger.files("done"), text)
     return [*(f"{FILE}{row.position}" for row in files), *([] if step is None else [f"{STEP}{step}"])]
+
+
+def _expected(ledger: Ledger, text: str, rows: Sequence[FileRow]) -> str | None:
+    """Return what names, among some rows, the waiting file that `history` shows at a position; None for any other."""
+    held = [row.id for row in ledger.history() if row.state in HELD]
+    places = {str(place): id_ for place, id_ in enumerate(held, start=1)}
+    found = next((row for row in rows if row.id == places.get(text.removeprefix(FILE))), None)
+    if found is None:
+        return None
+    is_only = sum(row.name == found.name for row in rows) == 1
+    return typed(found.name) if is_only else _example([found])
 
 
 def _matches(rows: Sequence[FileRow], text: str) -> list[FileRow]:

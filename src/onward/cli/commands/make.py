@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +31,8 @@ def init(
     from onward.run import Run
     from onward.store.ledger import Ledger
 
+    if directory is not None and run not in (directory, Path(), Path(os.environ.get("ONWARD_RUN", "."))):
+        raise UsageError("two directories are given for the new run", where="DIR and --run", hint="Give one of them.")
     values = parse_settings(settings or [])
     if model is not None and "model" in values:
         raise UsageError("the model is given twice", where="--model and --set model=", hint="Give it once.")

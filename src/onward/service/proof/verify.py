@@ -77,11 +77,11 @@ def verify(layout: RunLayout, ledger: Ledger, *, deep: bool = False) -> Proof:
         deep: also train again from the last boundary, in a scratch directory, and compare bit for bit.
 
     Raises:
-        ConfigError: no computation would be right here, which says nothing about the run.
+        ConfigError: no computation would be right here, or the config is refused, which says nothing about the run.
     """
     if deep:
         require_whole_teams(pick_device())
-    newest = ledger.newest_checkpoint()
+    config, newest = read_config(layout.config), ledger.newest_checkpoint()
     if newest is None:
         nothing = _check("state", lambda: _nothing_trained(layout, ledger))
         return Proof([nothing, _check("queue", lambda: _queue(ledger))])
@@ -100,7 +100,7 @@ def verify(layout: RunLayout, ledger: Ledger, *, deep: bool = False) -> Proof:
         _check("handovers", lambda: _handovers(ledger, newest.step)),
         _check("restore points", lambda: _restore_points(layout, ledger)),
         _check("originals", lambda: _originals(layout, ledger)),
-        _check("base model", lambda: _base(layout, ledger)),
+        _check("base model", lambda: _base(layout, ledger, config)),
         *([_check("anchor", lambda: _anchor(layout, ledger))] if ledger.get(FACT) else []),
     ]
     if deep:
@@ -308,9 +308,8 @@ def _anchor(layout: RunLayout, ledger: Ledger) -> str:
     return f"{', '.join(ledger.get(FACT))}, hashes equal"
 
 
-def _base(layout: RunLayout, ledger: Ledger) -> str:
+def _base(layout: RunLayout, ledger: Ledger, config: Config) -> str:
     identity = ledger.get("identity") or {}
-    config = read_config(layout.config)
     start_folder(layout, ledger, config)  # raises if the adapter that the run starts from was changed
     folder = base_of_run(layout.root, config.model)
     digest = digest_base(folder)

@@ -211,8 +211,10 @@ class TargetLoss:
                 logits = head.logits(part)
             return loss(logits, there)
 
-        # from the last one on, as autograd adds the gradients of a head's weights
-        return head.in_chunks(hidden, head.slices(len(hidden))[::-1], compute)
+        slices = head.slices(len(hidden))
+        if len(slices) == 1:
+            return compute(hidden, slices[0])
+        return head.in_chunks(hidden, slices[::-1], compute)  # in the order in which autograd adds their gradients
 
     def scores(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the cross-entropy (nats, float32) of each target of a batch, and whether it has the largest logit.
