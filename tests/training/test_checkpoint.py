@@ -246,7 +246,7 @@ def test_training_arguments_are_those_of_the_commit(model: Path, tmp_path: Path)
     """A key that changed at a boundary is in the next checkpoint's file, whatever the session began with."""
     for step, rate, schedule, eps in ((1, 1e-3, "wsd", 1e-6), (2, 5e-4, "inverse_sqrt", 1e-7)):
         config: dict[str, Any] = {"learning_rate": rate, "schedule": schedule, "eps": eps, "warmup_steps": step}
-        others = {"batch_size": step + 1, "epochs": step, "weight_decay": rate / 2, "max_grad_norm": rate, "seed": 7}
+        others = dict[str, Any](batch_size=step + 1, epochs=step, weight_decay=rate / 2, max_grad_norm=rate, seed=7)
         write_checkpoint(tmp_path / f"checkpoint-{step}", checkpoints.make_contents(model, **config, **others))
         found = torch.load(tmp_path / f"checkpoint-{step}" / "training_args.bin", weights_only=False)
         kind = {"wsd": "constant_with_warmup"}.get(schedule, schedule)
