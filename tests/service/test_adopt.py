@@ -159,11 +159,15 @@ def test_moments_younger_than_the_run_stay_so(checkpoint: Callable[[str], Path],
 def test_adopting_onwards_own_checkpoint_continues_it_exactly(model: Path, tmp_path: Path, file: Path) -> None:
     """A run made from Onward's own checkpoint trains the next file to the state that the first run reaches.
 
-    All of its config is in the checkpoint: nothing has to be set again.
+    All of its config is in the checkpoint: nothing has to be set again, and its tokens and chat template go on.
     """
+    template = tmp_path / "own.jinja"
+    template.write_text(f"<|a|>{AutoTokenizer.from_pretrained(model).chat_template}")
     first = tiny.write_jsonl(tmp_path / "first.jsonl", tiny.chat_rows(20, seed=4))
     settings: dict[str, Any] = {**SETTINGS, "warmup_steps": 8, "learning_rate": RATE, "eps": 1e-6, "seed": 3}
-    old = new_run(tmp_path / "old", model, **settings, lora={"rank": 4, "dropout": 0.1})
+    settings |= {"tokens": ["<|a|>"], "chat_template": str(template), "lora": {"rank": 4, "dropout": 0.1}}
+    old = new_run(tmp_path / "old", model, **settings)
+    template.unlink()
     old.train(first)
     new = Run.adopt(tmp_path / "old/current_model/checkpoint-5", tmp_path / "new")
     old.train(file)
@@ -171,6 +175,7 @@ def test_adopting_onwards_own_checkpoint_continues_it_exactly(model: Path, tmp_p
     expected, actual = read_state(tmp_path / "old"), read_state(tmp_path / "new")
     stock.assert_equal(expected.pop("tensors"), actual.pop("tensors"))
     assert expected == actual
+    assert Run(tmp_path / "new").verify().ok
 
 
 def test_another_base_than_onward_recorded_is_refused_or_told(
@@ -456,7 +461,13 @@ def test_a_full_checkpoint_without_a_tokenizer_needs_a_base(
 
 @pytest.mark.parametrize(
     ("kind", "settings"),
-    [("lora", {"method": "full"}), ("full", {"method": "lora"}), ("lora", {"lora.rank": 8, "lora.alpha": 2})],
+    [
+        ("lora", {"method": "full"}),
+        ("full", {"method": "lora"}),
+        ("lora", {"lora.rank": 8, "lora.alpha": 2}),
+        ("full", {"tokens": ["<|a|>"]}),
+        ("lora", {"adapter": "adapter"}),
+    ],
 )
 def test_settings_cannot_change_the_shape(
     kind: str, settings: dict[str, Any], saved: dict[str, Saved], model: Path, tmp_path: Path

@@ -24,7 +24,9 @@ from onward.errors import DamagedState, NoSpace, NotMadeHere, Unreadable
 from onward.layout import MANIFEST
 from onward.training.checkpoints import huggingface
 from onward.training.checkpoints.checkpoint import (
+    SMALL_FILES,
     Inspection,
+    estimate_size,
     inspect_checkpoint,
     remove_checkpoint,
     require_space,
@@ -73,7 +75,10 @@ def test_what_the_disk_refuses_in_the_middle_of_a_file_is_told_as_the_disks(tmp_
 def test_what_training_does_not_change_is_read_beside_it(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A whole model of which little is trained is written, and read back, without a step waiting for the rest."""
+    """A whole model of which little is trained is written, and read back, without a step waiting for the rest.
+
+    It takes the space that was asked for.
+    """
     import onward.training.checkpoints.checkpoint as module
 
     came: list[str] = []
@@ -89,7 +94,8 @@ def test_what_training_does_not_change_is_read_beside_it(
         inner = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *given, name=name, inner=inner: (came.append(name), inner(*given)))
     contents = checkpoints.make_contents(model, method="full", train=["norm"])
-    write_checkpoint(tmp_path / "checkpoint", contents)
+    manifest = write_checkpoint(tmp_path / "checkpoint", contents)
+    assert 0 < estimate_size(contents.state, contents.facts) - manifest.size < SMALL_FILES
     assert ["begin on cpu", "save_weights", "prove_roundtrip", "end"] == came
 
 
@@ -240,12 +246,17 @@ def test_training_arguments_are_those_of_the_commit(model: Path, tmp_path: Path)
     """A key that changed at a boundary is in the next checkpoint's file, whatever the session began with."""
     for step, rate, schedule, eps in ((1, 1e-3, "wsd", 1e-6), (2, 5e-4, "inverse_sqrt", 1e-7)):
         config: dict[str, Any] = {"learning_rate": rate, "schedule": schedule, "eps": eps, "warmup_steps": step}
-        write_checkpoint(tmp_path / f"checkpoint-{step}", checkpoints.make_contents(model, **config))
+        others = dict[str, Any](batch_size=step + 1, epochs=step, weight_decay=rate / 2, max_grad_norm=rate, seed=7)
+        write_checkpoint(tmp_path / f"checkpoint-{step}", checkpoints.make_contents(model, **config, **others))
         found = torch.load(tmp_path / f"checkpoint-{step}" / "training_args.bin", weights_only=False)
         kind = {"wsd": "constant_with_warmup"}.get(schedule, schedule)
         assert (rate, kind, eps, step) == (
             found.learning_rate, found.lr_scheduler_type.value, found.adam_epsilon, found.warmup_steps,
         )  # fmt: skip
+        assert list(others.values()) == [
+            found.per_device_train_batch_size, found.num_train_epochs, found.weight_decay, found.max_grad_norm,
+            found.seed,
+        ]  # fmt: skip
 
 
 def test_a_checkpoint_names_the_one_before_it(model: Path, tmp_path: Path) -> None:

@@ -114,12 +114,15 @@ def saved_arguments(folder: Path, **settings: Any) -> Arguments:
 
 
 def test_arguments_are_those_of_the_trainer(tmp_path: Path) -> None:
-    """Numbers and words, of enumerations the value."""
+    """Numbers, those of NumPy too, and words, of enumerations the value."""
     arguments = saved_arguments(tmp_path, lr_scheduler_type="cosine", seed=7, max_grad_norm=0.3)
     assert ("", 1) == (arguments.missing, arguments.processes)
     assert ("cosine", 7, 0.3) == (
         arguments.text("lr_scheduler_type"), arguments.number("seed", 0), arguments.number("max_grad_norm", 0)
     )  # fmt: skip
+    numbers = {"gradient_accumulation_steps": np.int64(4), "max_grad_norm": np.float32(0.3), "weight_decay": np.ones(1)}
+    arguments = saved_arguments(tmp_path, **numbers)
+    assert [4, float(np.float32(0.3)), -1] == [arguments.number(name, -1) for name in numbers]
 
 
 def test_arguments_of_an_old_torch_are_read(tmp_path: Path) -> None:

@@ -38,12 +38,13 @@ def test_inverse_sqrt_falls_from_the_end_of_warmup() -> None:
 
 
 def test_horizon_schedules_end_at_the_floor() -> None:
-    """`linear` and `cosine` reach `min_learning_rate` at `total_steps` and not before."""
-    settings: dict[str, Any] = {"total_steps": 4, "min_learning_rate": 0.5}
-    assert [0.875, 0.75, 0.625, 0.5] == rates(range(1, 5), schedule="linear", **settings)
-    cosine = rates(range(1, 5), schedule="cosine", **settings)
-    assert 0.5 == cosine[-1]
-    assert cosine == sorted(cosine, reverse=True)
+    """`linear` and `cosine` fall from the end of warmup, and reach `min_learning_rate` at `total_steps`, not before."""
+    settings: dict[str, Any] = {"total_steps": 6, "min_learning_rate": 0.5, "warmup_steps": 2}
+    assert [0.5, 1.0, 0.875, 0.75, 0.625, 0.5] == rates(range(1, 7), schedule="linear", **settings)
+    cosine = rates(range(1, 7), schedule="cosine", **settings)
+    assert [0.5, 1.0, 0.75, 0.5] == [cosine[0], cosine[1], cosine[3], cosine[5]]
+    assert cosine[1:] == sorted(cosine[1:], reverse=True)
+    assert [0.875, 0.5] == rates(range(1, 5), schedule="linear", total_steps=4, min_learning_rate=0.5)[::3]
 
 
 def test_steps_beyond_the_horizon_are_refused() -> None:

@@ -102,7 +102,8 @@ def _merge(sources: Mapping[str, Mapping[str, Any]], model: str, settings: Mappi
 
 
 def _is_shape(key: str) -> bool:
-    return key == "method" or key.startswith("lora.")
+    """Whether a key had its effect when the run was made: it is in the checkpoint's weights, tokenizer and base."""
+    return key in ("method", "tokens", "adapter") or key.startswith("lora.")
 
 
 def _require_shape(saved: Config, config: Config) -> None:
@@ -132,7 +133,11 @@ def _own_manifest(checkpoint: Path) -> Manifest | None:
 
 
 def _recorded(manifest: Manifest) -> dict[str, Any]:
-    """Return the config that a checkpoint of Onward's own was trained under, without its base and its adapter."""
+    """Return the config that a checkpoint of Onward's own was trained under, without its base and its adapter.
+
+    Its chat template is the one of the checkpoint's tokenizer: the config names a file of that run.
+    """
     flat = stored_config(manifest.config).flat()
-    left = {key for key in known_keys() if key == "model" or _is_shape(key) or key.partition(".")[0] == "notify"}
+    apart = ("model", "chat_template")
+    left = {key for key in known_keys() if key in apart or _is_shape(key) or key.partition(".")[0] == "notify"}
     return {key: value for key, value in flat.items() if key not in left | set(SECTIONS) and value is not None}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
+
+import numpy as np
 
 from onward.errors import Unreadable
 from onward.training.checkpoints.huggingface import TRAINING_ARGUMENTS
@@ -14,6 +17,8 @@ from onward.training.foreign.pickles import Inert, NotAPickle, read_saved
 
 _RANDOM_STATES = "rng_state_*.pth"
 """One file per process, if there were several."""
+_NUMBERS = re.compile(r"[biuf]\d")
+"""NumPy's names of types of numbers."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +85,24 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value.state, dict):
         return cast(dict[str, Any], value.state)
+    if value.name.endswith("multiarray.scalar"):
+        return _number_of_numpy(value)
     words = [argument for argument in value.arguments if isinstance(argument, (str, int, float))]
     member = value.name.rpartition(".")[2] == "getattr"  # a member by name, as Python 3.11 pickled some
     return str(words[-1]).lower() if words and member else (words[-1] if words else value.name)
+
+
+def _number_of_numpy(value: Inert) -> Any:
+    """Return a number that was pickled as one of NumPy's, or the name of its class if it is none."""
+    try:
+        kind, data = value.arguments
+        if not isinstance(data, bytes):  # pickles of protocol 2, as PyTorch's, have text in place of bytes
+            data = str(data.arguments[0]).encode("latin1")
+        if _NUMBERS.fullmatch(kind.arguments[0]):
+            return np.frombuffer(data, np.dtype(kind.arguments[0]).newbyteorder(kind.state[1]))[0].item()
+    except (ValueError, LookupError, TypeError, AttributeError):
+        pass
+    return value.name
 
 
 def _processes(checkpoint: Path, state: Mapping[Any, Any]) -> int:
