@@ -100,6 +100,8 @@ def test_a_bar_fits_its_terminal(width: int) -> None:
     with Progress(*bar_columns(width), console=console, auto_refresh=False) as progress:
         bar = Bar(progress)
         bar(started(1, "a-name-that-is-much-too-long-for-a-terminal.jsonl", 20))
+        progress.refresh()
+        assert "nan" not in out.getvalue()  # before the first step there is no loss
         bar(step(7, 20))
         out.truncate(0)
         progress.refresh()
