@@ -147,8 +147,7 @@ class Bar:
         """Draw an event."""
         if isinstance(event, FileStarted):
             title = f"{event.position} {printable(event.name)}"
-            nothing = {"loss": "", "pace": ""}  # no step was taken yet
-            self.task = self.progress.add_task(title, total=event.steps, completed=event.steps_done, **nothing)
+            self.task = self.progress.add_task(title, total=event.steps, completed=event.steps_done, loss="", pace="")
             self.tasks[event.position] = self.task
         elif isinstance(event, StepTaken) and self.task is not None:
             pace = f"lr {event.learning_rate:.3g}  {event.tokens / event.seconds:.0f} tokens/s"

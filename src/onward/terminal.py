@@ -41,8 +41,8 @@ def open_standard_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # this is the lowest free number
     # printing a name that the terminal cannot show must not fail; whatever takes bytes that are no text refuses them
-    kinds = (("stdin", "r", "surrogateescape"), ("stdout", "w", "backslashreplace"), ("stderr", "w", "backslashreplace"))
-    for name, mode, errors in kinds:
+    out = ("w", "backslashreplace")
+    for name, (mode, errors) in {"stdin": ("r", "surrogateescape"), "stdout": out, "stderr": out}.items():
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115  # open as long as the process
