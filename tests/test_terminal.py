@@ -31,7 +31,7 @@ from onward.service.outside.reporting import NewNotes
 from onward.status import read_history, read_status
 from onward.store.ledger import Ledger, make_ledger
 from onward.store.rows import EventRow
-from onward.terminal import tolerant
+from onward.terminal import open_standard_streams, tolerant
 from onward.text import duration, size
 
 NASTY = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e.jsonl"
@@ -100,6 +100,8 @@ def test_a_bar_fits_its_terminal(width: int) -> None:
     with Progress(*bar_columns(width), console=console, auto_refresh=False) as progress:
         bar = Bar(progress)
         bar(started(1, "a-name-that-is-much-too-long-for-a-terminal.jsonl", 20))
+        progress.refresh()
+        assert "nan" not in out.getvalue()  # before the first step there is no loss
         bar(step(7, 20))
         out.truncate(0)
         progress.refresh()
@@ -237,6 +239,14 @@ def test_a_stream_that_is_closed_takes_what_libraries_print() -> None:
     assert "a" == stream.getvalue()
     stream.close()
     assert 1 == wrapped.write("b")
+
+
+def test_a_closed_standard_input_is_an_empty_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever reads what is typed (`chat`, `mcp`, a question) finds the end, not that there is no stream."""
+    monkeypatch.setattr(sys, "stdin", None)
+    open_standard_streams()
+    with sys.stdin as stream:
+        assert ("", False) == (stream.read(), stream.isatty())
 
 
 def test_names_of_others_move_no_cursor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ class Store:
         self.points: list[Point] = []
         self.marks: list[tuple[int, int, int]] = []
         self.fails: str | None = None
+        self.failure: type[BaseException] = ConnectionError
         self.can_say = can_say
         self.is_all = True
         self.runs: list[TrackedRun] = []
@@ -44,7 +45,7 @@ class Recorder:
 
     def log(self, points: Sequence[Point]) -> None:
         if self._store.fails is not None:
-            raise ConnectionError(self._store.fails)
+            raise self._store.failure(self._store.fails)
         self._store.points += points
         self._store.told.set()
 
@@ -56,7 +57,7 @@ class Recorder:
         self._store.closed += 1
         self._store.was_closed.set()
         if self._store.fails_to_close is not None:
-            raise ConnectionError(self._store.fails_to_close)
+            raise self._store.failure(self._store.fails_to_close)
 
 
 def shown(points: Sequence[Point]) -> list[tuple[int, float]]:

@@ -62,13 +62,13 @@ def terminal(stream: TextIO) -> Console:
 def bar_columns(width: int) -> list[ProgressColumn]:
     """Return the columns of the bar that fit a terminal of this width."""
     name = Column(no_wrap=True, overflow="ellipsis", max_width=max(8, min(NAME_WIDTH, width - 24)))
-    loss = TextColumn("loss {task.fields[loss]:.4f}", table_column=Column(no_wrap=True))
+    loss = TextColumn("{task.fields[loss]}", table_column=Column(no_wrap=True))
     columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False, table_column=name)]
     if width >= WIDE:
         columns.append(BarColumn(bar_width=None if width < 2 * WIDE else 40, table_column=Column(min_width=8)))
     columns += [MofNCompleteColumn(), loss]
     if width >= WIDE:
-        columns.append(TextColumn("lr {task.fields[rate]:.3g}  {task.fields[speed]:.0f} tokens/s"))
+        columns.append(TextColumn("{task.fields[pace]}"))
     if width >= NARROW:
         columns.append(TimeRemainingColumn())
     return columns
@@ -147,14 +147,11 @@ class Bar:
         """Draw an event."""
         if isinstance(event, FileStarted):
             title = f"{event.position} {printable(event.name)}"
-            self.task = self.tasks[event.position] = self.progress.add_task(
-                title, total=event.steps, completed=event.steps_done, loss=float("nan"), rate=0.0, speed=0.0
-            )
+            self.task = self.progress.add_task(title, total=event.steps, completed=event.steps_done, loss="", pace="")
+            self.tasks[event.position] = self.task
         elif isinstance(event, StepTaken) and self.task is not None:
-            speed = event.tokens / event.seconds
-            self.progress.update(
-                self.task, completed=event.step_in_file, loss=event.loss, rate=event.learning_rate, speed=speed
-            )
+            pace = f"lr {event.learning_rate:.3g}  {event.tokens / event.seconds:.0f} tokens/s"
+            self.progress.update(self.task, completed=event.step_in_file, loss=f"loss {event.loss:.4f}", pace=pace)
         elif isinstance(event, FileDone) and event.position in self.tasks:
             self.progress.remove_task(self.tasks.pop(event.position))  # a bar per finished file would fill the screen
         if not isinstance(event, StepTaken) and (text := describe(event)):

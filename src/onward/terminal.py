@@ -40,14 +40,14 @@ def open_standard_streams() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # this is the lowest free number
-    for name in ("stdout", "stderr"):
+    # printing a name that the terminal cannot show must not fail; whatever takes bytes that are no text refuses them
+    out = ("w", "backslashreplace")
+    for name, (mode, errors) in {"stdin": ("r", "surrogateescape"), "stdout": out, "stderr": out}.items():
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115  # open as long as the process
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115  # open as long as the process
         elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # printing a name that the terminal cannot show must not fail
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # whatever takes such a text refuses it in words
+            stream.reconfigure(errors=errors)
     if type(sys.stderr) is io.TextIOWrapper and sys.stderr.fileno() == 2 and _may_block(2):
         raw = io.BufferedWriter(_Unblocked(_own_description(2)))
         sys.stderr = io.TextIOWrapper(raw, sys.stderr.encoding, "backslashreplace", newline="\n", line_buffering=True)

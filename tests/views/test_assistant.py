@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import importlib.util
 import json
+import math
 import os
+import sqlite3
 import subprocess
 import sys
+import types
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import tiny
@@ -66,9 +70,39 @@ def test_an_assistant_looks_adds_and_verifies(run: Path, tmp_path: Path) -> None
     assert 2 == len(seen["metrics"]["step"])
     assert ["more.jsonl"] == [row["name"] for row in seen["added"]]
     assert "no known row format" in seen["refused"]
+    assert "Error executing tool pause: there is no argument release\n  It takes: nothing" == seen["release"]
+    assert ["more.jsonl"] == [row["name"] for row in seen["newest"]]
     assert seen["verified"]["ok"] is True
     assert "resume" in seen["paused"] or "paused" in seen["paused"]
     assert 1 == onward("status", "--run", run, "--json").json["queue"]
+
+
+@pytest.mark.skipif(not HAS_MCP, reason="pip install 'onward[mcp]'")
+def test_a_failing_disk_and_a_number_that_is_none_reach_the_assistant_in_words() -> None:
+    """It reads what failed, not only that something did; NaN, which is not JSON, is null."""
+    from onward.views.assistant import make_server
+
+    class Failing:
+        def status(self) -> dict[str, Any]:
+            raise sqlite3.OperationalError("database is locked")
+
+        def resume(self) -> str:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def verify(self, deep: bool) -> Any:
+            return types.SimpleNamespace(to_dict=lambda: {"loss": math.nan})
+
+    server = make_server(cast(Any, Failing()))
+
+    def told(name: str) -> str:
+        with pytest.raises(Exception, match="What was committed is safe") as failed:
+            asyncio.run(server.call_tool(name, {}))
+        return str(failed.value).splitlines()[0]
+
+    assert "Error executing tool status: database is locked" == told("status")
+    assert "Error executing tool resume: [Errno 28] No space left on device" == told("resume")
+    answer: Any = asyncio.run(server.call_tool("verify", {}))
+    assert {"loss": None} == json.loads(answer.content[0].text)
 
 
 async def _talk(run: Path, good: Path, bad: Path) -> dict[str, Any]:
@@ -97,6 +131,8 @@ async def _talk(run: Path, good: Path, bad: Path) -> dict[str, Any]:
             "verified": await call("verify"),
             "added": await call("add", paths=[str(good)]),
             "refused": await call("add", paths=[str(bad)]),
+            "newest": await call("history", newest=1),
+            "release": await call("pause", release=True),
             "paused": await call("pause"),
             "resumed": await call("resume"),
         }

@@ -63,3 +63,12 @@ def test_a_disk_that_fills_while_it_is_written_is_no_wrong_usage(
     with pytest.raises(OnwardError, match="cannot write it") as refused, exporting._published(wanted) as folder:
         (folder / "config.json").write_text("{}")
     assert (status, []) == (refused.value.exit_status, [*tmp_path.iterdir()])
+
+
+@pytest.mark.parametrize(("code", "words"), [(errno.EACCES, "it cannot be read"), (errno.ENOSPC, "cannot write it")])
+def test_a_base_that_may_not_be_read_is_not_what_cannot_be_written(code: int, words: str, tmp_path: Path) -> None:
+    """Only a full disk is said of the export where the system names the file that was copied."""
+    base, wanted = tmp_path / "model.safetensors", Wanted(tmp_path / "out", "adapter")
+    with pytest.raises(OnwardError, match=words) as refused, exporting._published(wanted):
+        raise OSError(code, os.strerror(code), str(base))
+    assert (1, str(base), []) == (refused.value.exit_status, refused.value.where, [*tmp_path.iterdir()])

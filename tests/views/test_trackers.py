@@ -53,9 +53,14 @@ def train_one(layout: RunLayout) -> None:
     metrics.close()
 
 
-def test_a_failure_is_told_once_and_so_is_its_end(tmp_path: Path) -> None:
-    """However often it is tried, one event says that a tracker fails, without a password, and one that it works."""
+@pytest.mark.parametrize("failure", [ConnectionError, SystemExit])
+def test_a_failure_is_told_once_and_so_is_its_end(tmp_path: Path, failure: type[BaseException]) -> None:
+    """However often it is tried, one event says that a tracker fails, without a password, and one that it works.
+
+    It may fail by ending the process, as a library does that has no key: the others are told nevertheless.
+    """
     layout, store = tracked(tmp_path, "ours", "other"), Store()
+    store.failure = failure
     other = Store()
 
     def find(name: str) -> Factory:
@@ -63,7 +68,7 @@ def test_a_failure_is_told_once_and_so_is_its_end(tmp_path: Path) -> None:
 
     store.fails = "cannot connect to https://me:secret@example/api"
     reasons = [tell_once(layout, ["ours", "other"], find) for _ in range(3)]
-    reason = "ConnectionError: cannot connect to https://example/api"
+    reason = f"{failure.__name__}: cannot connect to https://example/api"
     assert [{"ours": reason, "other": None}] * 3 == reasons
     store.fails = None
     for _ in range(2):
@@ -210,11 +215,15 @@ def test_a_thread_that_ends_is_begun_again(tmp_path: Path) -> None:
     assert [1, 2, 3] == [point.step for point in store.points]
 
 
-def test_what_fails_when_it_is_closed_is_recorded_in_a_printable_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("failure", [ConnectionError, SystemExit])
+def test_what_fails_when_it_is_closed_is_recorded_in_a_printable_line(
+    tmp_path: Path, failure: type[BaseException]
+) -> None:
     """Cut to a length that a terminal shows, and whoever asked is told; what was told stays told."""
     layout, store = tracked(tmp_path, "ours"), Store()
+    store.failure = failure
     store.fails_to_close = "\x1b[2J" + "x" * 1000
-    reason = f"ConnectionError: \\x1b[2J{'x' * 1000}"[:300]
+    reason = f"{failure.__name__}: \\x1b[2J{'x' * 1000}"[:300]
     assert {"ours": reason} == tell_once(layout, ["ours"], lambda name: store.open)
     with Ledger(layout.ledger, read_only=True) as ledger:
         row = ledger.tracker("ours")

@@ -35,7 +35,7 @@ def part_of(grid: Values, is_shown: Callable[[int], bool]) -> dict[str, Any]:
         **grid,
         "files": [grid["files"][at] for at in columns],
         "after": [grid["after"][at] for at in rows],
-        "loss": [[grid["loss"][row][at] for at in columns] for row in rows],
+        **{name: [[grid[name][row][at] for at in columns] for row in rows] for name in ("loss", "accuracy")},
         "other_rows": [
             [rows.index(row), columns.index(column)]
             for row, column in grid["other_rows"]

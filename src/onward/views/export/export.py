@@ -24,7 +24,7 @@ from onward.atomic import (
     system_errors,
 )
 from onward.config.text import read_config
-from onward.errors import NoSpace, OnwardError, UsageError, cannot_write
+from onward.errors import NoSpace, OnwardError, Unreadable, UsageError, cannot_write, is_out_of_space
 from onward.layout import RunLayout, entries
 from onward.text import quoted
 from onward.training.model.adapter import ADAPTER_WEIGHTS
@@ -95,7 +95,8 @@ class Wanted:
             raise UsageError(f"there is no {self.quantize!r}", where="--quantize", hint="q8_0, q4_k_m or f16.")
         if self.quantize is not None and (self.format not in ("gguf", "ollama") or self.dtype is not None):
             what = "--quantize is for the formats gguf and ollama, in place of --dtype"
-            raise UsageError(what, where="--quantize", hint="Leave out one of the two.")
+            hint = "Leave out --dtype." if self.dtype is not None else "Add --format gguf, or --format ollama."
+            raise UsageError(what, where="--quantize", hint=hint)
         if self.target.exists() or self.target.is_symlink():
             what = "something of this name already exists, and nothing is written over it"
             raise UsageError(what, where=self.target, hint="Name another, or remove it.")
@@ -273,6 +274,15 @@ def _mode(folder: Path) -> int:
     return folder.stat().st_mode & 0o666
 
 
+def _about(error: OSError, target: Path, temporary: Path | None) -> OnwardError:
+    """Return what to say of something that the system refused: what is outside `temporary` was to be read."""
+    place = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else target
+    is_source = temporary is not None and place != target and not place.is_relative_to(temporary)
+    if is_source and not is_out_of_space(error):  # a copy that fills the disk names the file that it reads
+        return Unreadable.of(error, place)
+    return cannot_write(error, place)
+
+
 @contextmanager
 def _published(wanted: Wanted) -> Generator[Path]:
     """Give the body a folder next to the target; afterwards make it, or its only file, the target."""
@@ -293,7 +303,7 @@ def _published(wanted: Wanted) -> Generator[Path]:
         else:
             publish_directory(temporary, wanted.target)
     except OSError as error:
-        raise cannot_write(error, error.filename or wanted.target) from None
+        raise _about(error, wanted.target, temporary) from None
     finally:
         if temporary is not None and lock is not None:
             discard_tree(temporary)

@@ -16,6 +16,8 @@ from onward.views.trackers.tracker import Held, Point, Tracker
 
 BATCH = 500
 """How many points are sent at a time."""
+FAILURES = (Exception, SystemExit)
+"""What a tracker may fail with: some libraries end the process where a key or a login is missing."""
 
 
 class Feed:
@@ -67,7 +69,7 @@ class Feed:
             if points:
                 tracker.log(points)
                 self._ledger.keep_tracker(cursor)
-        except Exception:
+        except FAILURES:
             self._forget()
             raise
         return len(points)
@@ -137,7 +139,7 @@ class Feed:
         if tracker is not None:
             try:
                 tracker.close()
-            except Exception:  # its failure was already reported
+            except FAILURES:  # its failure was already reported
                 return
 
 

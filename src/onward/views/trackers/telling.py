@@ -27,7 +27,7 @@ from onward.service.settings import Settings
 from onward.store.ledger import Ledger
 from onward.store.waiting import Waiting
 from onward.text import printable
-from onward.views.trackers.feed import Feed
+from onward.views.trackers.feed import FAILURES, Feed
 from onward.views.trackers.registry import find_tracker
 from onward.views.trackers.tracker import Factory, TrackedRun, Tracker
 
@@ -105,7 +105,7 @@ def tell(feed: Feed, ledger: Ledger) -> str | None:
     reason = None
     try:
         feed.tell()
-    except Exception as error:
+    except FAILURES as error:
         reason = _reason(error)
     _note(feed, ledger, reason)
     return reason
@@ -115,7 +115,7 @@ def close(feed: Feed, ledger: Ledger) -> str | None:
     """Close a tracker, which may send its last points only now; return why that failed, or None. That is recorded."""
     try:
         feed.close()
-    except Exception as error:
+    except FAILURES as error:
         reason = _reason(error)
         _note(feed, ledger, reason)
         return reason
@@ -204,7 +204,7 @@ def _note_success(feed: Feed, ledger: Ledger) -> None:
         ledger.add_event("info", f"tracker {feed.name} is reached again, up to step {row.step}", kind="tracker")
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """Return what failed, in one line, without a password that an address may contain."""
     text = f"{error.what}; {error.hint}" if isinstance(error, UsageError) and error.hint else first_line(error)
     if not isinstance(error, OnwardError):
