@@ -14,6 +14,7 @@ import sys
 import termios
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO, cast
 
 import pytest
 import tiny
@@ -31,7 +32,7 @@ from onward.service.outside.reporting import NewNotes
 from onward.status import read_history, read_status
 from onward.store.ledger import Ledger, make_ledger
 from onward.store.rows import EventRow
-from onward.terminal import tolerant
+from onward.terminal import open_standard_streams, tolerant
 from onward.text import duration, size
 
 NASTY = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e.jsonl"
@@ -237,6 +238,16 @@ def test_a_stream_that_is_closed_takes_what_libraries_print() -> None:
     assert "a" == stream.getvalue()
     stream.close()
     assert 1 == wrapped.write("b")
+
+
+def test_closed_streams_take_any_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no encoding has, such as the name of a file that is not UTF-8, is printed to nobody without an error."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    open_standard_streams()
+    with cast(TextIO, sys.stdout) as out, cast(TextIO, sys.stderr) as err:
+        for stream in (out, err):
+            print("b\udcff.jsonl", file=stream, flush=True)
 
 
 def test_names_of_others_move_no_cursor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

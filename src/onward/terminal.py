@@ -43,8 +43,9 @@ def open_standard_streams() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115  # open as long as the process
-        elif isinstance(stream, io.TextIOWrapper):
+            stream = open(os.devnull, "w")  # noqa: PTH123, SIM115  # open as long as the process
+            setattr(sys, name, stream)
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # printing a name that the terminal cannot show must not fail
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # whatever takes such a text refuses it in words
