@@ -94,8 +94,9 @@ def test_a_start_and_a_boundary_say_what_is_kept() -> None:
 
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 200])
-def test_a_bar_fits_its_terminal(width: int) -> None:
+def test_a_bar_fits_its_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Name, step and loss are shown on 40 columns too, no line is wider, and the cursor stays visible."""
+    monkeypatch.setenv("TERM", "xterm")
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=True, color_system=None, legacy_windows=False)
     with Progress(*bar_columns(width), console=console, auto_refresh=False) as progress:
