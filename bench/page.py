@@ -44,8 +44,8 @@ DRAWN = """
     }).observe(document, { subtree: true, childList: true, attributes: true });
 """
 STEPS = """
-    INSERT INTO steps WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < ?2)
-    SELECT ?1, ?3 + i, i, 0, 8, 'd41d8cd98f00b204', 900 + i % 97, 500, 2.0 + (i * 7919 % 1000) / 1000.0, 1e-4,
+    INSERT INTO steps WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < ?)
+    SELECT ?, ? + i, i, 0, 8, 'd41d8cd98f00b204', 900 + i % 97, 500, 2.0 + (i * 7919 % 1000) / 1000.0, 1e-4,
         0.5 + (i * 104729 % 1000) / 1000.0, 0.4, 0, NULL FROM n
 """
 TIMES = "INSERT INTO step_times SELECT file_id, step, 1.7e9 + step * 0.4 FROM steps WHERE file_id = ?"
@@ -74,7 +74,7 @@ def _add_file(ledger: Ledger, position: int, steps: int) -> None:
         state="done", position=position, rows=8 * steps, tokens=900 * steps, target_tokens=500 * steps,
         start_step=before, planned_steps=steps, finished=1.7e9 + position,
     )  # fmt: skip
-    ledger.write(STEPS, file_id, steps, before)
+    ledger.write(STEPS, steps, file_id, before)
     ledger.write(TIMES, file_id)
     measured = {"weights": "0" * 64, "optimizer": "0" * 64, "adam_step": before, "probe_loss": 2.5, "lr": 1e-4}
     text = json.dumps(measured)

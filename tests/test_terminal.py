@@ -14,6 +14,7 @@ import sys
 import termios
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO, cast
 
 import pytest
 import tiny
@@ -93,8 +94,9 @@ def test_a_start_and_a_boundary_say_what_is_kept() -> None:
 
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 200])
-def test_a_bar_fits_its_terminal(width: int) -> None:
+def test_a_bar_fits_its_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Name, step and loss are shown on 40 columns too, no line is wider, and the cursor stays visible."""
+    monkeypatch.setenv("TERM", "xterm")
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=True, color_system=None, legacy_windows=False)
     with Progress(*bar_columns(width), console=console, auto_refresh=False) as progress:
@@ -247,6 +249,16 @@ def test_a_closed_standard_input_is_an_empty_one(monkeypatch: pytest.MonkeyPatch
     open_standard_streams()
     with sys.stdin as stream:
         assert ("", False) == (stream.read(), stream.isatty())
+
+
+def test_closed_streams_take_any_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no encoding has, such as the name of a file that is not UTF-8, is printed to nobody without an error."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    open_standard_streams()
+    with cast(TextIO, sys.stdout) as out, cast(TextIO, sys.stderr) as err:
+        for stream in (out, err):
+            print("b\udcff.jsonl", file=stream, flush=True)
 
 
 def test_names_of_others_move_no_cursor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

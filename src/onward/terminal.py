@@ -45,8 +45,9 @@ def open_standard_streams() -> None:
     for name, (mode, errors) in {"stdin": ("r", "surrogateescape"), "stdout": out, "stderr": out}.items():
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115  # open as long as the process
-        elif isinstance(stream, io.TextIOWrapper):
+            stream = open(os.devnull, mode)  # noqa: PTH123, SIM115  # open as long as the process
+            setattr(sys, name, stream)
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
     if type(sys.stderr) is io.TextIOWrapper and sys.stderr.fileno() == 2 and _may_block(2):
         raw = io.BufferedWriter(_Unblocked(_own_description(2)))

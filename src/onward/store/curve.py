@@ -26,9 +26,9 @@ SUMS = """
     SELECT count(*) AS steps, max(step) AS last, sum(loss) AS loss, min(loss) AS loss_min,
         max(loss) AS loss_max, sum(grad_norm) AS grad_norm, min(grad_norm) AS grad_norm_min,
         max(grad_norm) AS grad_norm_max, sum(tokens) AS tokens, sum(seconds) AS seconds,
-        (SELECT learning_rate FROM steps WHERE file_id = ?1 AND step BETWEEN ?2 AND ?3 ORDER BY step DESC LIMIT 1)
+        (SELECT learning_rate FROM steps WHERE file_id = ? AND step BETWEEN ? AND ? ORDER BY step DESC LIMIT 1)
         AS learning_rate
-    FROM steps WHERE file_id = ?1 AND step BETWEEN ?2 AND ?3
+    FROM steps WHERE file_id = ? AND step BETWEEN ? AND ?
 """
 
 
@@ -78,4 +78,4 @@ class Curve(Ranges):
 
     def step_sums(self, file_id: int, first: int, last: int) -> Values:
         """Return sums and extremes over records, and the last learning rate; `steps` says how many there are."""
-        return self.query(SUMS, file_id, first, last)[0]
+        return self.query(SUMS, *(file_id, first, last) * 2)[0]

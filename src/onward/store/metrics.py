@@ -28,8 +28,8 @@ KEEP = f"""
         SELECT file_id, min(step) AS first, max(step) AS last, count(*), sum(rows), sum(replayed), sum(tokens),
             sum(seconds), sum(loss), min(loss), max(loss), sum(grad_norm), min(grad_norm), max(grad_norm)
         FROM steps
-        WHERE file_id = ?1 AND step <= ?2
-            AND step >= coalesce((SELECT max(first) FROM step_ranges WHERE file_id = ?1), 0)
+        WHERE file_id = ? AND step <= ?
+            AND step >= coalesce((SELECT max(first) FROM step_ranges WHERE file_id = ?), 0)
         GROUP BY (step - 1) / {RANGE}
     ) r
 """
@@ -91,7 +91,7 @@ class Ranges(Database):
 
     def keep_ranges(self, file_id: int, step: int) -> None:
         """Store totals of the steps of a file up to a global step: the newest range grows, others stay."""
-        self.write(KEEP, file_id, step)
+        self.write(KEEP, file_id, step, file_id)
 
     def forget_ranges(self, file_id: int, step: int) -> None:
         """Remove the ranges of a file that contain steps after a global step."""
