@@ -69,7 +69,7 @@ def onward_trainer(shape: str, method: str, *, fused: bool = True, read: Any = N
     usage = learned.read(where)
     if where.type == "cuda" and usage is not None:  # as a run chooses it when it begins
         tokens = part_tokens(trainer.economy.profile, int(USABLE * usage.available), longest)
-        trainer.config = config.model_copy(update={"micro_batch_tokens": tokens})
+        trainer.accumulation.config = config.model_copy(update={"micro_batch_tokens": tokens})
     let_record(trainer)
     return trainer
 

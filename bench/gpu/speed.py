@@ -112,13 +112,13 @@ def measure_determinism(trainer: Any, shape: str) -> None:
     plan = endless_plan()
     for place, rows in enumerate(batches(shape, "packed", 2 * (SHAPES[shape].steps + WARM))):
         wanted = place % 2 == 0
-        trainer.config = exact.model_copy(update={"deterministic": wanted})
+        trainer.accumulation.config = exact.model_copy(update={"deterministic": wanted})
         synchronize()
         begun = time.perf_counter()
         trainer.take_step(batch_of(rows), plan)
         synchronize()
         seconds[wanted].append(time.perf_counter() - begun)
-    trainer.config = exact
+    trainer.accumulation.config = exact
     median = {wanted: statistics.median(times[WARM:]) for wanted, times in seconds.items()}
     cost = 1.0 - median[False] / median[True]
     emit("determinism", shape=shape, cost=cost, seconds=median[True], loose=median[False], goal=0.10, met=cost <= 0.10)

@@ -21,10 +21,10 @@ from onward.events import Event, Note
 from onward.service.owner import faults
 from onward.service.owner.training.steps import StepFailed, watched
 from onward.store.ledger import PROOF, Ledger
+from onward.training.accumulation import Accumulation
 from onward.training.measuring.scores import Meter, Score
 from onward.training.model import load, roundtrip
 from onward.training.state import TrainState
-from onward.training.trainer import Trainer
 
 ROWS = {"a.jsonl": 4, "b.jsonl": 3}
 NAMES = tuple(ROWS)
@@ -71,7 +71,7 @@ class Shortage:
             self._before(patch, TrainState, "snapshot", lambda state: state.step == 2)
         else:
             step = 0 if place == FIRST_STEP else 1
-            self._before(patch, Trainer, "_gradients", lambda trainer, _: trainer.state.step == step)
+            self._before(patch, Accumulation, "gradients", lambda of, _: of.state.step == step)
 
     def before(self, patch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
         """Let memory run out in calls of a function."""

@@ -21,6 +21,7 @@ from onward.config import Config
 from onward.data.plan.loader import Batch
 from onward.data.plan.order import FilePlan, RowReference
 from onward.data.tokenized import Row
+from onward.training.accumulation import Accumulation
 from onward.training.device.execution import Execution
 from onward.training.device.memory import Usage
 from onward.training.layers.attention import PADDING_FREE, lay_end_to_end
@@ -218,15 +219,15 @@ def test_weights_that_moved_end_recording() -> None:
 def test_recordings_are_the_first_to_go_if_memory_runs_out(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The step is taken again without them; only if that lacks memory too, layers are recomputed, if they may be."""
     trainer = make_trainer(Recorder(), activation_checkpointing=setting)
-    left, parts = [9], Trainer._add_part
+    left, parts = [9], Accumulation._add_part
 
-    def add_part(self: Trainer, *arguments: Any, **options: Any) -> torch.Tensor:
+    def add_part(self: Accumulation, *arguments: Any, **options: Any) -> torch.Tensor:
         left[0] -= 1
         if left[0] == 0:
             raise torch.OutOfMemoryError("out of memory")
         return parts(self, *arguments, **options)
 
-    monkeypatch.setattr(Trainer, "_add_part", add_part)
+    monkeypatch.setattr(Accumulation, "_add_part", add_part)
     found = train(trainer)
     assert (True, None) == (trainer.economy.learned.lacks_memory, trainer.economy.learned.recorded)
     assert not trainer.economy.always
@@ -261,7 +262,7 @@ def test_several_processes_record_nothing() -> None:
     """Then the parts of a step are computed as usual."""
     recorder = Recorder()
     trainer = make_trainer(recorder)
-    trainer.world = SingleProcess(CPU, size=2)  # as far as a step asks
+    trainer.accumulation.world = SingleProcess(CPU, size=2)  # as far as a step asks
     train(trainer)
     assert 0 == recorder.recorded
 

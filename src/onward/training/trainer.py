@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import operator
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial, reduce
-from itertools import groupby
 
 import torch
 from torch import nn
@@ -20,22 +18,19 @@ from onward.data.plan.order import Plan, rows_digest
 from onward.data.tokenized import TokenizedFile
 from onward.errors import TrainingError
 from onward.events import StepTaken
-from onward.training.device.environment import deterministic, release_freed_memory
-from onward.training.device.errors import caused_by_no_row, forget_frames, is_out_of_memory
+from onward.training.accumulation import Accumulation
+from onward.training.device.errors import caused_by_no_row
 from onward.training.device.execution import Execution
 from onward.training.optimizers import set_learning_rate
-from onward.training.ranks.exchange import exchange_of
 from onward.training.ranks.orders import file_order, step_order
 from onward.training.ranks.sameness import hold_same
 from onward.training.schedule import learning_rate
-from onward.training.seeds import seeded, taking_steps
+from onward.training.seeds import taking_steps
 from onward.training.state import TrainState
 from onward.training.steps.ahead import Ahead
-from onward.training.steps.anchor import AnchorTerm, PlacedTexts
+from onward.training.steps.anchor import AnchorTerm
 from onward.training.steps.economy import Economy, Learned
-from onward.training.steps.loss import Placed, TargetLoss, add_gradients
-from onward.training.steps.parts import Part, parts_of
-from onward.training.steps.recorded_parts import RecordedParts
+from onward.training.steps.loss import TargetLoss
 
 Rates = Callable[[int, int], float]
 
@@ -63,27 +58,26 @@ class Trainer:
         rates: Rates | None = None,
     ) -> None:
         self.state = state
-        self.config = config
         self.rates = rates or partial(learning_rate, config)
         self.anchor = anchor
         self.execution = execution
         self.world = execution.world
-        self.exchange = execution.placement or exchange_of(execution.world, config.exchange)
-        device = execution.world.device
-        learned = learned or Learned()
-        assert learned.loss is None or learned.loss.model is state.model, "what was learned is of another model"
-        self.loss = self._loss(learned)
-        self.economy = Economy(state, self.loss, config, device, learned)
+        self.accumulation = Accumulation(state, config, execution, anchor, learned or Learned())
 
-    def _loss(self, learned: Learned) -> TargetLoss:
-        execution = self.execution
-        if execution.placement is not None:
-            return execution.placement.loss
-        if learned.loss is None:  # it walks through the whole model
-            device, by_length = execution.world.device, execution.by_length
-            model, pad_id = self.state.model, execution.pad_id
-            learned.loss = TargetLoss(model, device, execution.dtype, pad_id, by_length=by_length)
-        return learned.loss
+    @property
+    def config(self) -> Config:
+        """The config in force for the file."""
+        return self.accumulation.config
+
+    @property
+    def economy(self) -> Economy:
+        """What decides how a step uses memory."""
+        return self.accumulation.economy
+
+    @property
+    def loss(self) -> TargetLoss:
+        """What computes the loss."""
+        return self.accumulation.loss
 
     def steps(self, files: Mapping[str, TokenizedFile], plan: Plan) -> Iterator[StepTaken]:
         """Take the remaining steps of the plan, from the cursor on, and yield each after it was taken.
@@ -150,7 +144,7 @@ class Trainer:
         scale = self.state.scale
         while True:
             factor = 1.0 if scale is None else scale.value
-            total, anchors = self._gradients(batch, factor=factor)
+            total, anchors = self.accumulation.gradients(batch, factor=factor)
             with self.world.together(), caused_by_no_row("the gradients of a step were clipped"):
                 self._fill()
                 self._unscale(factor)
@@ -170,148 +164,6 @@ class Trainer:
         if factor != 1.0:
             gradients = [weight.grad for weight in self.state.parameters.values() if weight.grad is not None]
             torch._foreach_mul_(gradients, 1.0 / factor)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
-
-    def _gradients(self, batch: Batch, *, factor: float) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Accumulate the gradient of the mean loss (nats) over the step's targets by weight, and of the anchor's term.
-
-        If memory runs out, everything is repeated without recordings, then with recomputation, to the same bits.
-
-        Args:
-            factor: what the gradient, but no loss, is multiplied by.
-
-        Returns:
-            that loss, and what sums up to the anchor's divergence.
-        """
-        parts = parts_of(batch, self.config, self.state.step, self.loss.layout)
-        again: Sequence[bool] | None
-        with self.world.together():
-            texts = [] if self.anchor is None else self.anchor.placed(self.loss, self.state.step, self.config)
-            again = self._recomputed([part.batch for part in parts], [text.batch for text in texts])
-        while True:
-            is_anchored = False
-            try:
-                total = self._accumulate(parts, again[: len(parts)], batch.weight, factor)
-                is_anchored = True
-                with self.world.together():
-                    return total, self._anchor_gradients(texts, again[len(parts) :], factor)
-            except Exception as error:
-                self.state.optimizer.zero_grad(set_to_none=True)
-                again = self._with_less(error, again) if is_out_of_memory(error) else None
-                if again is None and is_anchored:
-                    with caused_by_no_row("the anchor's part of a step was computed"):
-                        raise
-                if again is None:
-                    raise
-
-    def _with_less(self, error: Exception, recompute: Sequence[bool]) -> Sequence[bool] | None:
-        """Let go of what a step that lacked memory can do without; return which parts to recompute, None if it cannot.
-
-        Recordings go first, which only a process that trains alone has.
-        """
-        had_recordings = self.economy.record_nothing()
-        if not had_recordings and (self.economy.setting != "auto" or not self.world.any(not all(recompute))):
-            return None
-        forget_frames(error)  # they hold the graph
-        release_freed_memory()
-        if had_recordings:
-            return recompute
-        with self.world.together():
-            may_recompute = self.economy.may_recompute()
-        if not may_recompute:
-            return None
-        self.economy.always = True
-        return [True] * len(recompute)
-
-    def _recomputed(self, parts: Sequence[Batch], texts: Sequence[Batch]) -> list[bool]:
-        """Return for each part, then for each of the anchor's, whether its layers are recomputed.
-
-        This may measure, so it comes before any gradient. If weights are sharded, every rank does the same, and layers
-        are gathered again in any case.
-        """
-        if self.execution.placement is not None:
-            return [self.economy.setting != "off"] * (len(parts) + len(texts))
-        return [
-            *(self.economy.recomputes(part) for part in parts),
-            *(self.economy.recomputes(text, of_anchor=True) for text in texts),
-        ]
-
-    def _accumulate(
-        self, parts: Sequence[Part], recompute: Sequence[bool], weight: float, factor: float
-    ) -> torch.Tensor:
-        """Leave the gradients of all parts in the weights, added share by share, and return the loss."""
-        pairs = zip(parts, recompute, strict=True)
-        shares = [list(share) for _, share in groupby(pairs, key=lambda pair: pair[0].share)]
-        alone = len(parts) == 1 and self.world.size == 1 and self.anchor is None
-        compute = partial(self._compute, weight=weight, factor=factor, alone=alone)
-        return self.exchange.total(shares, compute, self.state.parameters.values())
-
-    def _compute(
-        self, share: Sequence[tuple[Part, bool]], weight: float, factor: float, *, alone: bool
-    ) -> torch.Tensor:
-        """Add the gradients of some parts to those of the weights, and return their loss."""
-        total = torch.zeros((), device=self.world.device)
-        try:
-            for part, again in share:
-                total += self._add_part(part, weight, factor, again=again, alone=alone)
-        finally:
-            self.loss.forget()
-        return total
-
-    def _add_part(self, part: Part, weight: float, factor: float, *, again: bool, alone: bool) -> torch.Tensor:
-        rows, context = self.loss.filled(part.batch, weight), partial(self._context, part.seed)
-        add = partial(self._add_gradients, weight=weight, factor=factor, again=again)
-        recorded = self._recorded(part.batch) if isinstance(rows, Placed) and not again else None
-        if isinstance(rows, Placed) and recorded is not None:
-            return recorded.add(rows, add, context, (rows.sizes, self.config.lora.dropout), alone=alone)
-        with context():
-            return add(rows)
-
-    def _recorded(self, batch: Batch) -> RecordedParts | None:
-        """Return what computes parts from recordings; None if this one is not recorded."""
-        is_plain = self.state.scale is None and self.world.size == 1
-        return self.economy.recorded_parts(batch) if is_plain else None
-
-    def _add_gradients(self, rows: Batch | Placed, weight: float, factor: float, *, again: bool) -> torch.Tensor:
-        with self.economy.recomputation.on(again):
-            total = self.loss(rows)
-            loss = total / weight if isinstance(rows, Batch) else total * rows.share
-            add_gradients(loss if factor == 1.0 else loss * factor)  # here, since layers may hold layers
-        return loss.detach()
-
-    @contextlib.contextmanager
-    def _context(self, seed: int) -> Generator[None]:
-        device = self.world.device
-        with deterministic(device, exact=self.config.deterministic), seeded(seed, device):
-            yield
-
-    def _anchor_gradients(
-        self, texts: Sequence[PlacedTexts], recompute: Sequence[bool], factor: float
-    ) -> list[torch.Tensor]:
-        """Add the gradient of the anchor's term, if there is one, and return what sums up to its divergence."""
-        if self.anchor is None:
-            return []
-        context = partial(self._context, self.anchor.seed(self.state.step, self.config))
-        compute = partial(self.anchor.add_gradients, self.loss, factor=factor)
-        try:
-            recorded = None if any(recompute) else self._recorded_texts(texts)
-            if recorded is not None:
-                kind = self.anchor.weight, len(texts[0].batch), texts[0].batch.tokens, self.config.lora.dropout
-                return [recorded.add(texts[0], compute, context, kind, alone=False)]
-            found: list[torch.Tensor] = []
-            with context():
-                for text, again in zip(texts, recompute, strict=True):
-                    with self.economy.recomputation.on(again):
-                        found.append(compute(text))
-            return found
-        finally:
-            self.loss.forget()
-
-    def _recorded_texts(self, texts: Sequence[PlacedTexts]) -> RecordedParts | None:
-        """Return what computes the anchor's texts from recordings; None if they are computed as usual."""
-        batch = texts[0].batch
-        if len(texts) > 1 or self.loss.sizes([len(row.ids) for row in batch.rows], batch.target_tokens) is None:
-            return None  # several parts draw random numbers one after another
-        return self._recorded(batch)
 
     def _fill(self) -> None:
         """Give weights that no token of the step reached (experts) zero gradients, so that each counts every step."""
