@@ -1,0 +1,1 @@
+"""The pages that `docs/generate.py` makes from the code."""
