@@ -1,14 +1,18 @@
-"""A run of three files that tests of views read; tests that change it take a copy."""
+"""Runs that tests of views read; tests that change one take a copy. And the page of one."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+from ledgers import made_up_run
+from page_runs import FILES, falling
 
 from onward import Run
+from onward.layout import RunLayout
 
 SETTINGS: dict[str, Any] = {
     "batch_size": 4, "max_length": 128, "warmup_steps": 0, "learning_rate": 0.05, "lora": {"rank": 2}, "save_steps": 1,
@@ -26,3 +30,18 @@ def stream(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = Run.create(folder / "run", str(model), **SETTINGS)
     run.train(*files)
     return run.layout.root
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> RunLayout:
+    """A run of 100 made-up steps in two files, which nobody trains."""
+    return made_up_run(tmp_path_factory.mktemp("page") / "made", FILES, falling)
+
+
+@pytest.fixture(scope="module")
+def page(made: RunLayout) -> Iterator[Any]:
+    """Its page."""
+    from pages import serve  # needs the extra
+
+    with serve([made.root]) as served:
+        yield served
