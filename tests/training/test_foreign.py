@@ -10,6 +10,7 @@ import pickle
 import random
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -165,10 +166,13 @@ def test_the_rows_of_a_step_are_the_trainers(case: str, tmp_path: Path) -> None:
 
 
 def test_processes_are_counted_by_what_they_left(tmp_path: Path) -> None:
-    """Each process of several leaves the state of its random generators."""
-    for rank in range(3):
+    """Each process of several leaves the state of its random generators. Those that share rows count as one."""
+    for rank in range(6):
         (tmp_path / f"rng_state_{rank}.pth").touch()
-    assert 3 == saved_arguments(tmp_path).processes
+    assert 6 == saved_arguments(tmp_path).processes
+    shared = SimpleNamespace(dp_shard_size=3, tp_size=2, cp_size=None, sp_size=1)
+    torch.save(SimpleNamespace(parallelism_config=shared), tmp_path / "training_args.bin")
+    assert 3 == read_arguments(tmp_path).processes
 
 
 def test_warmup_is_a_count_or_a_share() -> None:
