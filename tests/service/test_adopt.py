@@ -9,10 +9,11 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import checkpoints
 import pytest
 import stock
 import tiny
@@ -31,7 +32,9 @@ from onward.data.tokenizer import load_tokenizer_state
 from onward.errors import ConfigError, DamagedState, ModelError, OnwardError, UsageError
 from onward.layout import RunLayout
 from onward.service.state.adopt import adopt
+from onward.service.state.adopted_config import read_adopted
 from onward.store.ledger import Ledger
+from onward.training.checkpoints.checkpoint import write_checkpoint
 from onward.training.foreign.scaler import read_scale
 
 METHODS = ("lora", "full")
@@ -176,6 +179,16 @@ def test_adopting_onwards_own_checkpoint_continues_it_exactly(model: Path, tmp_p
     stock.assert_equal(expected.pop("tensors"), actual.pop("tensors"))
     assert expected == actual
     assert Run(tmp_path / "new").verify().ok
+
+
+def test_a_base_in_4_bits_stays_so(model: Path, tmp_path: Path) -> None:
+    """A run's own checkpoint tells whether its base was, unlike a Trainer's; either way can be set."""
+    contents = checkpoints.make_contents(model)
+    config = contents.config.model_copy(update={"method": "qlora"})
+    write_checkpoint(tmp_path / "checkpoint-1", replace(contents, config=config))
+    settings: list[dict[str, Any]] = [{}, {"method": "lora"}, {"method": "qlora"}]
+    found = [read_adopted(tmp_path / "checkpoint-1", None, each, fresh=False) for each in settings]
+    assert ["qlora", "lora", "qlora"] == [adopted.config.method for adopted in found]
 
 
 def test_another_base_than_onward_recorded_is_refused_or_told(

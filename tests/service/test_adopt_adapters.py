@@ -79,15 +79,25 @@ def test_biases_that_the_base_does_not_have(bias: str, checkpoint: Path) -> None
 
 @pytest.mark.parametrize("layer", ["embed_tokens", "lm_head"])
 def test_adapters_on_embedding_and_head_are_taken(layer: str, model: Path, tmp_path: Path) -> None:
-    """PEFT writes the base's own rows alongside such an adapter; they are recognized, and all goes on as it was."""
+    """PEFT writes the base's own rows alongside such an adapter; they are recognized, and all goes on as it was.
+
+    Rows that the base does not have are not left out.
+    """
     adapted = stock.lora_model(model, target_modules=["q_proj", layer])
     stop: dict[str, Any] = {"max_steps": HORIZON, "callbacks": [stock.StopAt(2)]}
     trainer = stock.trainer(adapted, tmp_path / "stock", **stop)
     trainer.train()
     folder = tmp_path / "stock/checkpoint-2"
-    assert [] != [name for name in load_file(folder / "adapter_model.safetensors") if ".lora_" not in name]
+    weights = folder / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    carried = [name for name in tensors if ".lora_" not in name]
+    assert [] != carried
     run = Run.adopt(folder, tmp_path / "run", str(model), settings=SETTINGS)
     assert_taken_and_goes_on(run, adapted, trainer, tmp_path)
+    tensors[carried[-1]][-1] += 1.0
+    save_file(tensors, weights)
+    with pytest.raises(ModelError, match=f"the adapter contains {carried[-1]}: its own embeddings or head"):
+        Run.adopt(folder, tmp_path / "refused", str(model), settings=SETTINGS)
 
 
 @pytest.mark.parametrize(

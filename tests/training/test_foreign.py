@@ -10,6 +10,7 @@ import pickle
 import random
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -148,6 +149,8 @@ BATCHES: dict[str, tuple[dict[str, Any], dict[str, Any], int, tuple[int, int]]] 
     "DataParallel": ({"per_device_train_batch_size": 3, "_n_gpu": 2}, {"train_batch_size": 6}, 1, (6, 2)),
     "found by itself": ({"per_device_train_batch_size": 8}, {"train_batch_size": 2}, 1, (2, 1)),
     "not in the state": ({"per_device_train_batch_size": 4}, {"train_batch_size": None}, 1, (4, 1)),
+    "nowhere": ({}, {"train_batch_size": 0}, 1, (8, 1)),
+    "DataParallel, not in the state": ({"per_device_train_batch_size": 3, "_n_gpu": 2}, {}, 1, (6, 2)),
     "split batches": (
         {"per_device_train_batch_size": 8, "accelerator_config": {"split_batches": True}}, {}, 2, (8, 2)
     ),
@@ -159,16 +162,19 @@ def test_the_rows_of_a_step_are_the_trainers(case: str, tmp_path: Path) -> None:
     """Rows per device, accumulation and devices make the rows of one optimizer step."""
     values, state, processes, expected = BATCHES[case]
     folder = TrainerFolder(tmp_path, None, {"global_step": 5, **state})
-    found = argument_settings(folder, Arguments({**values, "seed": 1, "max_grad_norm": None}, processes=processes))
+    found = argument_settings(folder, Arguments({**values, "seed": 0, "max_grad_norm": None}, processes=processes))
     assert expected == (found["batch_size"], found["gradient_accumulation"])
-    assert (1, 0.0) == (found["seed"], found["max_grad_norm"])
+    assert (0, 0.0) == (found["seed"], found["max_grad_norm"])
 
 
 def test_processes_are_counted_by_what_they_left(tmp_path: Path) -> None:
-    """Each process of several leaves the state of its random generators."""
-    for rank in range(3):
+    """Each process of several leaves the state of its random generators. Those that share rows count as one."""
+    for rank in range(6):
         (tmp_path / f"rng_state_{rank}.pth").touch()
-    assert 3 == saved_arguments(tmp_path).processes
+    assert 6 == saved_arguments(tmp_path).processes
+    shared = SimpleNamespace(dp_shard_size=3, tp_size=2, cp_size=None, sp_size=1)
+    torch.save(SimpleNamespace(parallelism_config=shared), tmp_path / "training_args.bin")
+    assert 3 == read_arguments(tmp_path).processes
 
 
 def test_warmup_is_a_count_or_a_share() -> None:

@@ -81,7 +81,8 @@ def read_adopted(checkpoint: Path, model: str | None, settings: Mapping[str, Any
         merged = {**sources.get(huggingface.TRAINING_ARGUMENTS, {}), **argument_settings(folder, arguments)}
         sources[huggingface.TRAINING_ARGUMENTS] = merged
     if adapter:
-        sources[ADAPTER_CONFIG] = {"method": "lora", **adapter_settings(adapter)}
+        method = stored_config(manifest.config).method if manifest else "lora"  # the base may be in 4 bits
+        sources[ADAPTER_CONFIG] = {"method": method, **adapter_settings(adapter)}
     else:
         sources[WHOLE_MODEL] = {"method": "full"}  # it is its own base
     named = adapter.get("base_model_name_or_path") if adapter else str(checkpoint.absolute())
@@ -107,11 +108,11 @@ def _is_shape(key: str) -> bool:
 
 
 def _require_shape(saved: Config, config: Config) -> None:
-    """Refuse settings that ask for another shape than the checkpoint's; a 4-bit base under an adapter is allowed."""
+    """Refuse settings that ask for another shape than the checkpoint's; under an adapter, a base may be in 4 bits."""
     asked = {key: there for key, (_, there) in saved.differences(config).items() if key in IDENTITY_KEYS}
     refused = {key: asked[key] for key in asked if _is_shape(key)}
-    if refused.get("method") == "qlora" and saved.method == "lora":
-        del refused["method"]
+    if "full" not in (saved.method, config.method):
+        refused.pop("method", None)
     if refused:
         words = ", ".join(f"{key}={value}" for key, value in refused.items())
         raise ConfigError(f"the checkpoint has a different shape from {words}", where="--set", hint="Leave these out.")

@@ -17,6 +17,8 @@ from onward.training.foreign.pickles import Inert, NotAPickle, read_saved
 
 _RANDOM_STATES = "rng_state_*.pth"
 """One file per process, if there were several."""
+_SHARED_ROWS = ("tp_size", "cp_size", "sp_size")
+"""How many processes share a tensor, a context or a sequence, so the same rows (accelerate's `ParallelismConfig`)."""
 _NUMBERS = re.compile(r"[biuf]\d")
 """NumPy's names of types of numbers."""
 
@@ -27,7 +29,7 @@ class Arguments:
 
     Args:
         values: its arguments by name: numbers, strings, lists, and values of enumerations.
-        processes: how many processes trained, as far as the checkpoint shows.
+        processes: how many processes trained on rows of their own, as far as the checkpoint shows.
         missing: why there are no arguments; empty if there are.
     """
 
@@ -106,8 +108,18 @@ def _number_of_numpy(value: Inert) -> Any:
 
 
 def _processes(checkpoint: Path, state: Mapping[Any, Any]) -> int:
-    """Return how many processes trained: as recorded, or as many as left the state of their random generators."""
-    held = _plain(state.get("distributed_state"))
-    said: Any = cast(dict[str, Any], held).get("num_processes") if isinstance(held, dict) else None
+    """Return how many processes had rows of their own.
+
+    As many trained as are recorded, or as left the state of their random generators; some may have shared their rows.
+    """
+    said = _fields(state, "distributed_state").get("num_processes")
     left = sum(path.stem.removeprefix("rng_state_").isdigit() for path in checkpoint.glob(_RANDOM_STATES))
-    return max(1, left, said if isinstance(said, int) else 1)
+    sizes = [_fields(state, "parallelism_config").get(name) for name in _SHARED_ROWS]
+    together = math.prod(size for size in sizes if isinstance(size, int) and size > 0)
+    return max(1, max(left, said if isinstance(said, int) else 1) // together)
+
+
+def _fields(state: Mapping[Any, Any], name: str) -> Mapping[str, Any]:
+    """Return the fields of an object among the arguments; none if it is not one."""
+    held = _plain(state.get(name))
+    return cast(dict[str, Any], held) if isinstance(held, dict) else {}

@@ -20,6 +20,7 @@ LEFT: Mapping[str, str] = {
     "neftune_noise_alpha": "a run has none",
     "loss_type": "a run's loss is the negative log-likelihood of the targets",
     "packing": "rows are trained one by one, laid end to end if the model allows it",
+    "sample_packing": "rows are trained one by one, laid end to end if the model allows it",
     "padding_free": "rows are laid end to end where the model allows it",
     "group_by_length": "the order of rows is the run's own, a function of the seed",
     "train_sampling_strategy": "the order of rows is the run's own, a function of the seed",
