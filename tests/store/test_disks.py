@@ -7,8 +7,10 @@ import fcntl
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 from collections.abc import Iterator
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -17,9 +19,17 @@ from commands import assert_refused, make_run, onward
 
 from onward.errors import DamagedState, UsageError
 from onward.layout import RunLayout
-from onward.library.making import open_ledger
+from onward.library.making import open_ledger, refuse_occupied
 from onward.service.proof.doctor.examination import examine
-from onward.store.disks import NO_LOCKS, mount_of, require_local, require_locks, require_shared_memory
+from onward.store.disks import (
+    LONGEST,
+    NO_LOCKS,
+    mount_of,
+    require_local,
+    require_locks,
+    require_path,
+    require_shared_memory,
+)
 from onward.store.ledger import Ledger, make_ledger
 
 ONE_MACHINE = [
@@ -102,6 +112,38 @@ def test_where_nothing_is_known_nothing_is_refused(tmp_path: Path) -> None:
     """macOS has no list of mounts."""
     assert mount_of(tmp_path, tmp_path / "no such file") is None
     assert require_local(RunLayout(tmp_path), tmp_path / "no such file") is None
+
+
+def test_a_path_that_sqlite_cannot_open_is_refused(tmp_path: Path) -> None:
+    """The longest path that is taken is the longest that SQLite takes; such a ledger was called lost."""
+    length = LONGEST - len(os.fsencode(tmp_path)) - len("//ledger.sqlite3")
+    layout = RunLayout(tmp_path / f"{'x' * 200}/{'x' * (length - 201)}")
+    layout.root.mkdir(parents=True)
+    refused = [f"has {length} bytes, and {most} are possible" for length, most in ((504, 499), (505, 504))]
+    with pytest.raises(UsageError, match=refused[0]):
+        refuse_occupied(layout)
+    make_ledger(tmp_path / "made")
+    (tmp_path / "made").replace(layout.ledger)
+    open_ledger(layout).close()
+    longer = RunLayout(layout.root.rename(f"{layout.root}x"))
+    with pytest.raises(sqlite3.OperationalError, match="unable to open"):
+        sqlite3.connect(longer.ledger)
+    with pytest.raises(UsageError, match=refused[1]):
+        open_ledger(longer)
+    shorter = RunLayout(tmp_path / f"{'x' * 200}/{'x' * (length - 201 - 5)}")
+    shorter.root.mkdir()
+    refuse_occupied(shorter)
+    make_ledger(shorter.ledger)
+
+
+def test_a_path_that_is_not_utf_8_is_refused_before_a_model_is_proven(model: Path, tmp_path: Path) -> None:
+    """Nothing could be committed there; within the directory, a relative path can be used."""
+    named = tmp_path / os.fsdecode(b"caf\xe9")
+    assert_refused(onward("init", named, "--model", model), 2, "not UTF-8", "change to it (cd)")
+    assert not named.exists()
+    named.mkdir()
+    with chdir(named):
+        require_path(RunLayout(Path()))
 
 
 def test_a_link_to_a_disk_of_this_machine_is_the_way_out(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from onward.errors import OnwardError, UsageError
 from onward.layout import RunLayout
 from onward.library.torch_defaults import defaults_of_torch
 from onward.service.state.own_parts import OwnParts, is_made
-from onward.store.disks import require_local, require_locks, require_shared_memory
+from onward.store.disks import require_local, require_locks, require_path, require_shared_memory
 from onward.store.ledger import Ledger, make_ledger
 from onward.store.waiting import Waiting
 from onward.text import quoted
@@ -194,10 +194,11 @@ def _take(held: int, layout: RunLayout) -> None:
 
 
 def refuse_occupied(layout: RunLayout) -> None:
-    """Refuse a directory that holds a run or a model already, or whose disk cannot hold a ledger.
+    """Refuse a directory that holds a run or a model already, or whose disk or path cannot hold a ledger.
 
     Raises:
-        UsageError: it does, there is a file of that name, or the ledger would be on a disk that other machines use.
+        UsageError: it does, there is a file of that name, the ledger would be on a disk that other machines use, or
+            libraries could not open its path.
     """
     if layout.ledger.exists():
         hint = f"onward status --run {quoted(layout.root)}; for a new run, name another directory."
@@ -210,6 +211,7 @@ def refuse_occupied(layout: RunLayout) -> None:
     if _is_of_model(layout.config):
         hint = f"Name another directory for the run; --model {quoted(layout.root)} makes it from this model."
         raise UsageError("this is the directory of a model", where=layout.root.absolute(), hint=hint)
+    require_path(layout, is_new=True)
     require_local(layout)
     _try_on_file(layout.root.absolute(), require_locks)
     _try_on_file(layout.ledger.resolve().parent, lambda file, _: require_shared_memory(file, layout))
@@ -244,10 +246,11 @@ def open_ledger(layout: RunLayout, waiting: Waiting | None = None) -> Ledger:
 
     Raises:
         UsageError: the directory is not a run, such as a relative one after the working directory was changed, or the
-            ledger is on a disk that other machines use.
+            ledger is on a disk that other machines use or at a path that libraries cannot open.
         DamagedState: it is gone, or empty, so it is not the one that the run was made with.
     """
     layout.require()
+    require_path(layout)
     require_local(layout)
     ledger = Ledger(layout.ledger, waiting=waiting)
     if ledger.get("run") is not None:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from onward.atomic import TEMPORARY_PREFIX
 from onward.errors import UsageError
 from onward.layout import LEDGER, RunLayout
 from onward.text import printable, quoted
@@ -45,6 +46,8 @@ NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL
 """Error numbers of `flock` on a disk that has no locks, or whose lock server does not answer."""
 NO_SHARED_MEMORY = frozenset({errno.ENODEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.EACCES})
 """Error numbers of mapping a file on a disk that cannot, such as one that a program serves."""
+LONGEST = 504
+"""Bytes of the longest path at which SQLite opens a database: 512, less the ending of its log's name."""
 MOUNT = "Mount it with locks (Lustre: -o flock; NFS: without nolock), or put the run on another disk."
 _ESCAPED = re.compile(r"\\([0-7]{3})")
 
@@ -98,6 +101,27 @@ def require_local(layout: RunLayout, mounts: Path = MOUNTS) -> None:
     if mount is None or not mount.is_shared:
         return
     raise UsageError(refusal(mount), where=layout.ledger.absolute(), hint=way_out(layout))
+
+
+def require_path(layout: RunLayout, *, is_new: bool = False) -> None:
+    """Refuse a path that the libraries below cannot open, though the system can.
+
+    Args:
+        is_new: whether the ledger is about to be made, under a temporary name first.
+
+    Raises:
+        UsageError: it is too long for SQLite, or has bytes that are not UTF-8, which safetensors requires.
+    """
+    length = len(os.fsencode(layout.ledger.resolve()))
+    most = LONGEST - len(TEMPORARY_PREFIX) if is_new else LONGEST
+    if length > most:
+        what = f"this path is too long for SQLite: that of its ledger has {length} bytes, and {most} are possible"
+        raise UsageError(what, where=layout.root.absolute(), hint="Use a directory with a shorter path.")
+    try:
+        os.fsencode(layout.root).decode("utf-8")
+    except UnicodeDecodeError:
+        hint = "Rename the directory, or change to it (cd) and leave out --run."
+        raise UsageError("this path is not UTF-8, which model files require", where=layout.root, hint=hint) from None
 
 
 def refusal(mount: Mount) -> str:
