@@ -371,7 +371,7 @@ def strike_at(number: int, act: Callable[[], object]) -> Callable[[FrameType, st
 def test_a_signal_at_any_instruction_of_interruptible_work(by_any: bool) -> None:
     """A stop inside or around work that may be ended is a `Stopped` or still open afterwards, never anything else."""
     ends: set[str] = set()
-    for number in itertools.count():
+    for number in itertools.count(-1):  # -1 is none: Python 3.12.1 traces instructions from the second time on
         wishes, before = Wishes(), sys.gettrace()
         with wishes.on_signals():
             try:
@@ -383,9 +383,9 @@ def test_a_signal_at_any_instruction_of_interruptible_work(by_any: bool) -> None
                 ends.add("done")
             except Stopped:
                 ends.add("stopped")
-        if wishes.reason is None:
+        if wishes.reason is None and number >= 0:
             break
-        assert ("SIGTERM", True) == (wishes.reason, wishes.wants_end)
+        assert (("SIGTERM", True) if number >= 0 else (None, False)) == (wishes.reason, wishes.wants_end)
     assert {"done", "stopped"} == ends
 
 
