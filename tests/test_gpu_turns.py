@@ -51,8 +51,11 @@ def test_a_script_called_by_hand_does_not_wait() -> None:
     assert "went on\n" == done.stdout
 
 
-def test_what_became_of_a_check_is_told_in_its_turn(suite: Any, tmp_path: Path) -> None:
+def test_what_became_of_a_check_is_told_in_its_turn(
+    suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A process that dies while it waits has failed, a package that it lacks is named, a slow one is ended."""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # with which Python colours a traceback, from 3.13 on
     scripts = {
         "good": "wait('json')",
         "dies": "raise SystemExit('it died')",

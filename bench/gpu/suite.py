@@ -194,6 +194,7 @@ def _environment(records: Path, name: str) -> dict[str, str]:
     source = HERE.parents[1] / "src"
     path = os.pathsep.join(filter(None, (str(source), str(HERE), os.environ.get("PYTHONPATH", ""))))
     own = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", "ONWARD_GPU_CHECK": name}
+    own["PYTHON_COLORS"] = "0"  # the last line of a traceback is read
     return {**os.environ, **own, record.RECORDS: str(records.absolute())}
 
 

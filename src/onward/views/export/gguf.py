@@ -19,6 +19,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
 from onward.errors import OnwardError, UsageError
+from onward.terminal import COLOURLESS
 from onward.text import quoted
 from onward.training.model.adapter import ADAPTER_WEIGHTS
 from onward.training.model.base import ADAPTER_CONFIG
@@ -160,10 +161,11 @@ def _call(words: list[str], name: str, hint: str) -> None:
     Raises:
         OnwardError: it failed.
     """
-    quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
     done = subprocess.run(
-        words, env=quiet, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
-    )
+        words, env={**os.environ, **quiet, **COLOURLESS}, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        errors="replace", check=False,
+    )  # fmt: skip
     if done.returncode:
         last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it gave no reason")
         raise OnwardError(f"llama.cpp's {name} refuses: {last}", hint=hint)
