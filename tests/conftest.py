@@ -16,6 +16,8 @@ from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # and so do the processes that tests start
 os.environ.pop("PYTHONUNBUFFERED", None)  # they keep what they print in buffers, as they do for users
+for name in ("ONWARD_RUN", "ONWARD_API_KEY", "ONWARD_PAGE_TOKEN", "FORCE_COLOR", "TTY_COMPATIBLE", "COLUMNS", "LINES"):
+    os.environ.pop(name, None)  # of the shell, or of the CI, in which the tests run
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
 settings.register_profile("exploring", deadline=None, print_blob=True)
