@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from onward import Run
 from onward.config import Config
-from onward.errors import ConfigError, ModelError, OnwardError
+from onward.errors import ConfigError, DamagedState, ModelError, OnwardError
 from onward.service.tokenizer import copy_tokenizer, load_tokenizer_of
+from onward.training.checkpoints.checkpoint import write_checkpoint
 from onward.training.model.start_adapter import read_start_adapter, with_start_adapter
 
 TOKENS = ["<tool>", "<\u00e9tape>"]
@@ -276,6 +277,18 @@ def test_what_a_run_was_made_with_cannot_be_set_later(model: Path, tmp_path: Pat
     with pytest.raises(ConfigError, match="already in the vocabulary"):
         Run.create(tmp_path / "known", str(model), tokens=["<|im_start|>"])
     assert not (tmp_path / "known").exists()
+
+
+def test_a_checkpoint_of_onwards_that_has_changed_is_no_start(model: Path, tmp_path: Path) -> None:
+    """A byte of its weights that differs from what its manifest says is damage."""
+    folder = tmp_path / "checkpoint-1"
+    write_checkpoint(folder, checkpoints.make_contents(model))
+    data = bytearray((folder / "adapter_model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "adapter_model.safetensors").write_bytes(data)
+    with pytest.raises(DamagedState, match=r"since: adapter_model\.safetensors was changed"):
+        Run.create(tmp_path / "run", adapter=str(folder))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_changed_start_is_noticed(model: Path, tmp_path: Path) -> None:

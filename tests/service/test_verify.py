@@ -53,6 +53,14 @@ def touch_original(root: Path) -> None:
     path.write_bytes(path.read_bytes() + b"\n")
 
 
+def change_root_file(root: Path) -> None:
+    """Put other bytes in the place of a link to a file of the checkpoint."""
+    path = root / "current_model" / "optimizer.pt"
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(data + b"\n")
+
+
 def put_back(root: Path, step: int) -> None:
     """Put the run's own checkpoint of an earlier boundary into `current_model/` again."""
     shutil.copytree(root / f"boundaries/step-{step}", root / f"current_model/checkpoint-{step}")
@@ -73,6 +81,7 @@ def change_tokens(root: Path) -> None:
 
 
 ANOTHER_BASE = """UPDATE run SET value = replace(value, '"base": "', '"base": "0') WHERE key = 'identity'"""
+ANOTHER_WEIGHT = """after = replace(after, 'weights": "', 'weights": "0')"""
 ANOTHER_STEP = "UPDATE checkpoints SET step = step - 1 WHERE step = (SELECT max(step) FROM checkpoints)"
 
 TAMPERING: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -80,11 +89,12 @@ TAMPERING: dict[str, tuple[Callable[[Path], None], str]] = {
     "a lost file": (lambda root: next((root / "current_model").glob("*/trainer_state.json")).unlink(), "state files"),
     "a second checkpoint": (lambda root: put_back(root, 6), "one checkpoint"),
     "a temporary file": (lambda root: (root / "current_model" / ".tmp-checkpoint-6").mkdir(), "one checkpoint"),
-    "a root file": (lambda root: (root / "current_model" / "optimizer.pt").unlink(), "root files"),
+    "a root file": (change_root_file, "root files"),
     "a step too few": (sql("DELETE FROM steps WHERE step = 4"), "rows"),
     "other rows": (sql("UPDATE steps SET rows_digest = 'x' WHERE step = 2"), "rows"),
     "a learning rate": (sql("UPDATE steps SET learning_rate = 0.0 WHERE step = 5"), "learning rates"),
-    "a handover": (sql("UPDATE handovers SET after = replace(after, 'weights\": \"', 'weights\": \"0')"), "handovers"),
+    "a handover": (sql(f"UPDATE handovers SET class = 'close', {ANOTHER_WEIGHT}"), "handovers"),
+    "a probe": (sql("UPDATE handovers SET after = replace(after, 'probe_loss\": ', 'probe_loss\": 1')"), "handovers"),
     "no handover": (sql("DELETE FROM handovers"), "handovers"),
     "a restore point": (lambda root: (root / "boundaries" / "step-0" / "optimizer.pt").unlink(), "restore points"),
     "an original": (touch_original, "originals"),

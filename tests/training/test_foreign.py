@@ -199,6 +199,8 @@ def test_what_is_not_taken_is_named_with_a_reason() -> None:
     assert [] == list(left_out(Arguments({"loss_type": "nll", "num_train_epochs": 1})))
     (line,) = left_out(Arguments({"loss_type": "dft", "num_train_epochs": 1}))
     assert "loss_type dft (a run's loss is the negative log-likelihood of the targets)" == line
+    preferences = {"loss_type": ["sigmoid"], "beta": 0.1, "sample_packing": True, "num_train_epochs": 1}
+    assert ["loss_type", "beta", "sample_packing"] == [line.split()[0] for line in left_out(Arguments(preferences))]
 
 
 ROUTERS: dict[str, tuple[str, dict[str, Any], dict[str, Any], float]] = {

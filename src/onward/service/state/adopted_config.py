@@ -10,11 +10,11 @@ from typing import Any
 from onward.config import Config, known_keys, stored_config
 from onward.config.keys import IDENTITY_KEYS, NEW_RUN, SECTIONS
 from onward.config.text import parse_config
-from onward.errors import ConfigError, DamagedState, UsageError
+from onward.errors import ConfigError, UsageError
 from onward.layout import MANIFEST
-from onward.text import quoted
+from onward.service.state.reading import as_written
 from onward.training.checkpoints import huggingface
-from onward.training.checkpoints.checkpoint import Manifest, inspect_checkpoint
+from onward.training.checkpoints.checkpoint import Manifest
 from onward.training.foreign.arguments import Arguments, read_arguments
 from onward.training.foreign.folders import TrainerFolder, open_folder
 from onward.training.foreign.moments import Moments, read_moments
@@ -130,23 +130,9 @@ def _schedule_values(
 
 
 def _own_manifest(checkpoint: Path, *, fresh: bool) -> Manifest | None:
-    """Return the manifest of a checkpoint that Onward wrote, which records what a Trainer's does not; else None.
-
-    Raises:
-        DamagedState: it, or a file that would be read, is not as Onward wrote it.
-    """
-    if not (checkpoint / MANIFEST).exists():
-        return None
+    """Return the manifest of a checkpoint that Onward wrote: it records what a Trainer's does not."""
     left_out = {huggingface.RNG, huggingface.SCHEDULER, huggingface.TRAINING_ARGUMENTS}
-    found = inspect_checkpoint(checkpoint, left_out | ({huggingface.OPTIMIZER} if fresh else set()))
-    if found.problems:
-        raise DamagedState(
-            f"Onward wrote this checkpoint, and it has changed since: {'; '.join(found.problems)}",
-            where=checkpoint,
-            hint="Adopt another checkpoint of the run. To take this one for a Trainer's, whatever it holds now: "
-            f"rm {quoted(checkpoint / MANIFEST)}; then adopt again.",
-        )
-    return found.manifest
+    return as_written(checkpoint, left_out | ({huggingface.OPTIMIZER} if fresh else set()))
 
 
 def _recorded(manifest: Manifest) -> dict[str, Any]:

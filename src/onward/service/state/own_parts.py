@@ -195,9 +195,13 @@ def _read_start(config: Config) -> StartAdapter:
         what = "a run with new tokens cannot start from an adapter with another vocabulary"
         hint = "Leave out tokens or the adapter; or merge the adapter into its base and add the tokens to that."
         raise ConfigError(what, where="tokens", hint=hint)
+    from onward.service.state.reading import as_written
+    from onward.training.checkpoints.huggingface import FOR_TRAINING
     from onward.training.model.start_adapter import read_start_adapter
 
-    return read_start_adapter(typed_path(config.adapter).resolve())
+    folder = typed_path(config.adapter).resolve()
+    as_written(folder, FOR_TRAINING)
+    return read_start_adapter(folder)
 
 
 def _with_start(config: Config, start: StartAdapter) -> Config:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from onward.atomic import TEMPORARY_PREFIX, link_or_copy, publish_directory, remove_tree
 from onward.errors import DamagedState, UsageError
-from onward.layout import RunLayout, entries
+from onward.layout import MANIFEST, RunLayout, entries
 from onward.service.moment import require_present
 from onward.stated import stated_origin
 from onward.store.ledger import Ledger
+from onward.text import quoted
 from onward.training.checkpoints.checkpoint import Inspection, Manifest, inspect_checkpoint
 
 ATTEMPTS = 10
@@ -110,6 +111,29 @@ def verified_point(folder: Path, hint: str = "Restore its files from a copy; onw
     if found.verified is None:
         raise DamagedState(f"the restore point does not verify: {'; '.join(found.problems)}", where=folder, hint=hint)
     return found.verified
+
+
+def as_written(folder: Path, left_out: Collection[str]) -> Manifest | None:
+    """Return the manifest of a checkpoint that Onward wrote, wherever it is now; None for a folder without one.
+
+    Args:
+        left_out: names of files that are not checked.
+
+    Raises:
+        DamagedState: the manifest, or a file that is checked, is not as Onward wrote it.
+        Unreadable: something cannot be read now.
+    """
+    if not (folder / MANIFEST).exists():
+        return None
+    found = inspect_checkpoint(folder, left_out)
+    if found.problems:
+        raise DamagedState(
+            f"Onward wrote this checkpoint, and it has changed since: {'; '.join(found.problems)}",
+            where=folder,
+            hint="Name another checkpoint of the run. To take this one as any tool's, whatever it holds now: "
+            f"rm {quoted(folder / MANIFEST)}",
+        )
+    return found.manifest
 
 
 def newest_checkpoint(layout: RunLayout) -> Path:

@@ -19,6 +19,7 @@ LEFT: Mapping[str, str] = {
     "label_smoothing_factor": "a run has none",
     "neftune_noise_alpha": "a run has none",
     "loss_type": "a run's loss is the negative log-likelihood of the targets",
+    "beta": "a run's loss has no term for preferences or a teacher",
     "packing": "rows are trained one by one, laid end to end if the model allows it",
     "sample_packing": "rows are trained one by one, laid end to end if the model allows it",
     "padding_free": "rows are laid end to end where the model allows it",
