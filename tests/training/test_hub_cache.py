@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -105,5 +106,24 @@ def test_a_model_without_weights_to_download_is_refused(fetch: Fetch, monkeypatc
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    with pytest.raises(ModelError, match="cannot be downloaded: peer closed"):
+    with pytest.raises(ModelError, match="cannot be downloaded: peer closed") as caught:
         resolve_base(NAME, download=True, report=lambda _: None)
+    assert "the network" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_gated_model_is_refused_with_what_the_hub_says_of_it(status: int, monkeypatch: Any) -> None:
+    """A hub answers alike for what is not there and for what a stranger may not see: the hint has the login."""
+
+    def download(name: str, **how: Any) -> str:
+        error = OSError(f"{status} Client Error. (Request ID: 1)\n\nCannot access gated repo for url http://hub.")
+        raise_as: Any = error
+        raise_as.server_message = "Access to model o/m is restricted.\nLog in."
+        raise_as.response = SimpleNamespace(status_code=status)
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    words = rf"downloaded: {status} Client Error. \(Request ID: 1\) Access to model o/m is restricted. Log in."
+    with pytest.raises(ModelError, match=words) as caught:
+        resolve_base(NAME, download=True, report=lambda _: None)
+    assert "hf auth login" in str(caught.value.hint)

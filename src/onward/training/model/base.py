@@ -173,11 +173,7 @@ def _from_hub(name: str, revision: str | None, *, download: bool, report: Callab
     except Exception as error:  # from the network, its libraries, or the hub
         if usable is not None:
             return usable
-        raise ModelError(
-            f"the model {name!r} cannot be downloaded: {first_line(error)}",
-            where="model",
-            hint="Check the name and the network, or give a folder: --model PATH",
-        ) from None
+        raise _not_downloaded(name, error) from None
     if not _has_weights(found):
         copy = f"hf download {quoted(name)} --local-dir FOLDER; then: --model FOLDER"
         raise ModelError(
@@ -185,6 +181,16 @@ def _from_hub(name: str, revision: str | None, *, download: bool, report: Callab
             hint=f"Unset HF_HUB_OFFLINE, if it is set. If the hub has its weights only as pytorch_model.bin: {copy}",
         )  # fmt: skip
     return found
+
+
+def _not_downloaded(name: str, error: Exception) -> ModelError:
+    """Return what to raise for a download that failed; a hub that refuses one says why apart from its first line."""
+    said, response = str(getattr(error, "server_message", None) or ""), getattr(error, "response", None)
+    words = " ".join([first_line(error), *said.split()])
+    hint = "Check the name and the network, or give a folder: --model PATH"
+    if getattr(response, "status_code", None) in (401, 403, 404):  # a hub does not tell strangers what is private
+        hint = "Check the name. For a private or gated model: ask for access on its page, then hf auth login"
+    return ModelError(f"the model {name!r} cannot be downloaded: {words}", where="model", hint=hint)
 
 
 def _has_weights(folder: Path) -> bool:
