@@ -13,16 +13,12 @@ from onward.service.outside.launch.job import Job, describe
 from onward.service.outside.unit import Host
 
 EIGHT = Devices(8, 8)
-
-
 STUB = """\
 #!/bin/sh
 # A program that writes down its own name, its words and OMP_NUM_THREADS, waits for a signal if it is told to, and ends.
 {{ printf '%s\\0' "${{0##*/}}" "$@" "threads=$OMP_NUM_THREADS"; printf '\\n\\0'; }} >> {log}
 {then}
 """
-
-
 WAITS = "trap 'kill $!; exit {status}' {name}; sleep 60 & echo ready > {ready}; wait"
 
 

@@ -30,12 +30,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from onward import Run
 from onward.data.tokenizer import load_tokenizer_state
 from onward.errors import ConfigError, DamagedState, ModelError, OnwardError, UsageError
-from onward.layout import RunLayout
+from onward.layout import MANIFEST, RunLayout
 from onward.service.state.adopt import adopt
 from onward.service.state.adopted_config import read_adopted
 from onward.store.ledger import Ledger
 from onward.training.checkpoints.checkpoint import write_checkpoint
 from onward.training.foreign.scaler import read_scale
+from onward.training.model.adapter import ADAPTER_WEIGHTS
 
 METHODS = ("lora", "full")
 STEPS, HORIZON, RATE = 5, 40, 3e-3
@@ -189,6 +190,27 @@ def test_a_base_in_4_bits_stays_so(model: Path, tmp_path: Path) -> None:
     settings: list[dict[str, Any]] = [{}, {"method": "lora"}, {"method": "qlora"}]
     found = [read_adopted(tmp_path / "checkpoint-1", None, each, fresh=False) for each in settings]
     assert ["qlora", "lora", "qlora"] == [adopted.config.method for adopted in found]
+
+
+@pytest.mark.parametrize(("name", "fresh"), [(ADAPTER_WEIGHTS, True), ("optimizer.pt", False), (MANIFEST, False)])
+def test_onwards_own_checkpoint_is_adopted_as_it_was_written(
+    name: str, fresh: bool, model: Path, tmp_path: Path
+) -> None:
+    """A byte that has changed since is damage, not another state, and so is a manifest that ends too early.
+
+    What is not read may be missing.
+    """
+    folder = tmp_path / "checkpoint-1"
+    write_checkpoint(folder, checkpoints.make_contents(model))
+    for other in ("rng_state.pth", "scheduler.pt", "training_args.bin"):
+        (folder / other).unlink()
+    assert 2 == read_adopted(folder, None, {}, fresh=fresh).config.lora.rank
+    data = bytearray((folder / name).read_bytes())
+    data[-1] ^= 1
+    (folder / name).write_bytes(data)
+    with pytest.raises(DamagedState, match=f"it has changed since: {name} was changed") as caught:
+        read_adopted(folder, None, {}, fresh=fresh)
+    assert f"rm {folder / MANIFEST}" in str(caught.value.hint)
 
 
 def test_another_base_than_onward_recorded_is_refused_or_told(

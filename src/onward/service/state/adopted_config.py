@@ -10,8 +10,9 @@ from typing import Any
 from onward.config import Config, known_keys, stored_config
 from onward.config.keys import IDENTITY_KEYS, NEW_RUN, SECTIONS
 from onward.config.text import parse_config
-from onward.errors import ConfigError, UsageError
+from onward.errors import ConfigError, DamagedState, UsageError
 from onward.layout import MANIFEST
+from onward.text import quoted
 from onward.training.checkpoints import huggingface
 from onward.training.checkpoints.checkpoint import Manifest, inspect_checkpoint
 from onward.training.foreign.arguments import Arguments, read_arguments
@@ -65,7 +66,7 @@ def read_adopted(checkpoint: Path, model: str | None, settings: Mapping[str, Any
         ConfigError: the settings contradict the checkpoint.
     """
     folder = open_folder(checkpoint, fresh=fresh)
-    manifest = _own_manifest(checkpoint)
+    manifest = _own_manifest(checkpoint, fresh=fresh)
     arguments = Arguments(missing=f"{MANIFEST} says more") if manifest else read_arguments(checkpoint)
     adapter = read_adapter(checkpoint) if (checkpoint / ADAPTER_CONFIG).is_file() else {}
     moments = None if fresh else read_moments(folder, arguments, one_rate="learning_rate" in settings)
@@ -128,9 +129,24 @@ def _schedule_values(
     return require_schedule(schedule, folder)
 
 
-def _own_manifest(checkpoint: Path) -> Manifest | None:
-    """Return the manifest of a checkpoint that Onward wrote, if valid; it records what a Trainer's does not."""
-    return inspect_checkpoint(checkpoint).manifest if checkpoint.is_dir() else None
+def _own_manifest(checkpoint: Path, *, fresh: bool) -> Manifest | None:
+    """Return the manifest of a checkpoint that Onward wrote, which records what a Trainer's does not; else None.
+
+    Raises:
+        DamagedState: it, or a file that would be read, is not as Onward wrote it.
+    """
+    if not (checkpoint / MANIFEST).exists():
+        return None
+    left_out = {huggingface.RNG, huggingface.SCHEDULER, huggingface.TRAINING_ARGUMENTS}
+    found = inspect_checkpoint(checkpoint, left_out | ({huggingface.OPTIMIZER} if fresh else set()))
+    if found.problems:
+        raise DamagedState(
+            f"Onward wrote this checkpoint, and it has changed since: {'; '.join(found.problems)}",
+            where=checkpoint,
+            hint="Adopt another checkpoint of the run. To take this one for a Trainer's, whatever it holds now: "
+            f"rm {quoted(checkpoint / MANIFEST)}; then adopt again.",
+        )
+    return found.manifest
 
 
 def _recorded(manifest: Manifest) -> dict[str, Any]:
