@@ -160,6 +160,7 @@ def test_a_second_interrupt_while_a_file_is_trained(run: Run, model: Path, tmp_p
     shutil.copy(file, run.layout.inbox)
     process = watch(run, prepare=hold(run, step=7))
     until(is_in(run, "long.jsonl", step=7), process)
+    until(lambda: run.status()["checkpoint"] == "checkpoint-5", process)  # it is written while others are computed
     assert process.pid is not None
     os.kill(process.pid, signal.SIGINT)
     assert IN_TIME > seconds_to_end(process, signal.SIGINT)
