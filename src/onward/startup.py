@@ -39,11 +39,12 @@ step then took up to 100 times as long. Read by libgomp when torch is loaded; th
 _TRACKERS = {
     "DO_NOT_TRACK": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "WANDB_ERROR_REPORTING": "false",
     "WANDB_SILENT": "true",
 }
-"""Keeps trackers from sending usage data and from printing."""
+"""Keeps trackers from sending usage data and from printing, and MLflow from trying for four minutes before it fails."""
 
 SOON = 0.5
 """Seconds after which a dropped Ctrl-C is repeated; the finalizer has returned by then."""
