@@ -279,15 +279,16 @@ def test_what_a_run_was_made_with_cannot_be_set_later(model: Path, tmp_path: Pat
     assert not (tmp_path / "known").exists()
 
 
-def test_a_checkpoint_of_onwards_that_has_changed_is_no_start(model: Path, tmp_path: Path) -> None:
-    """A byte of its weights that differs from what its manifest says is damage."""
+@pytest.mark.parametrize(("key", "name"), [("adapter", "adapter_model"), ("model", "model")])
+def test_a_checkpoint_of_onwards_that_has_changed_is_no_start(key: str, name: str, model: Path, tmp_path: Path) -> None:
+    """A byte of its weights that differs from what its manifest says is damage, in an adapter and in a whole model."""
     folder = tmp_path / "checkpoint-1"
-    write_checkpoint(folder, checkpoints.make_contents(model))
-    data = bytearray((folder / "adapter_model.safetensors").read_bytes())
+    write_checkpoint(folder, checkpoints.make_contents(model, method="full" if key == "model" else "lora"))
+    data = bytearray((folder / f"{name}.safetensors").read_bytes())
     data[-1] ^= 1
-    (folder / "adapter_model.safetensors").write_bytes(data)
-    with pytest.raises(DamagedState, match=r"since: adapter_model\.safetensors was changed"):
-        Run.create(tmp_path / "run", adapter=str(folder))
+    (folder / f"{name}.safetensors").write_bytes(data)
+    with pytest.raises(DamagedState, match=rf"since: {name}\.safetensors was changed"):
+        Run.create(tmp_path / "run", **{key: str(folder)})
     assert not (tmp_path / "run").exists()
 
 

@@ -21,7 +21,7 @@ from onward.config.keys import NEW_RUN
 from onward.config.schema import write_config
 from onward.config.text import parse_config, read_config
 from onward.errors import OnwardError, UsageError
-from onward.layout import RunLayout
+from onward.layout import MANIFEST, RunLayout
 from onward.library.torch_defaults import defaults_of_torch
 from onward.service.state.own_parts import OwnParts, is_made
 from onward.store.disks import require_local, require_locks, require_path, require_shared_memory
@@ -84,6 +84,7 @@ class _Making:
         with self.loading() if is_made(config) else contextlib.nullcontext():
             own = OwnParts(self.layout, config, self.report)
         base = resolve_base(own.config.model, revision=own.revision, download=True, report=self.report)
+        _require_unchanged(base)
         own.require_possible(base)
         if own.config.method != "full" and (own.config.lora.use_dora or own.config.lora.bias != "none"):
             self.report("layers with DoRA or a trained bias use PEFT's own modules, which are slower than Onward's")
@@ -144,6 +145,15 @@ class _Making:
         for line in (*findings.lines(), *router_loss(Arguments(), base)):
             self.report(line)
         return config, {FACT: findings.to_dict()}
+
+
+def _require_unchanged(base: Path) -> None:
+    """Refuse a checkpoint of Onward's as a base if a file of its model is not as it was written."""
+    if (base / MANIFEST).exists():
+        from onward.service.state.reading import as_written
+        from onward.training.checkpoints.huggingface import FOR_TRAINING
+
+        as_written(base, FOR_TRAINING)
 
 
 def _require_usable(base: Path, config: Config, tokenizer: TokenizerState) -> None:
