@@ -102,12 +102,14 @@ optimizer_update_32bit = optimizer_update_8bit_blockwise
 
 @dataclass(frozen=True)
 class Found:
-    """Puts a folder first where a process looks for modules."""
+    """Lets a process find bitsandbytes in a folder, also if it has imported one that is installed."""
 
     folder: Path
 
     def __call__(self) -> None:
         sys.path.insert(0, str(self.folder))
+        for name in [name for name in sys.modules if name.partition(".")[0] == "bitsandbytes"]:
+            del sys.modules[name]
 
 
 @pytest.mark.parametrize("error", ["RuntimeError('on a GPU')", "NotImplementedError('for cuda')", "KeyError('cpu')"])
