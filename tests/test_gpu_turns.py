@@ -33,7 +33,7 @@ def script(path: Path, text: str) -> str:
 def test_a_process_waits_for_its_turn(tmp_path: Path) -> None:
     """What a script does after `wait` happens in its turn; what it imports, before."""
     went_on = tmp_path / "went on"
-    code = f"import pathlib, sys, turns; turns.wait('json'); print('json' in sys.modules); open({str(went_on)!r}, 'w')"
+    code = f"import sys, turns; turns.wait('json'); print('json' in sys.modules); open({str(went_on)!r}, 'w').close()"
     process = load("turns").Prepared([sys.executable, "-c", code], ENVIRONMENT)
     process.wait_until_ready(60)
     assert not went_on.exists()
@@ -81,7 +81,7 @@ def test_what_became_of_a_check_is_told_in_its_turn(
 def test_a_waiting_process_ends_with_the_suite(tmp_path: Path) -> None:
     """A process whose turn never comes ends by itself when the one that started it is gone."""
     ended = tmp_path / "ended"
-    waiting = f"import turns\ntry:\n    turns.wait()\nexcept SystemExit:\n    open({str(ended)!r}, 'w')"
+    waiting = f"import turns\ntry:\n    turns.wait()\nexcept SystemExit:\n    open({str(ended)!r}, 'w').close()"
     starting = (
         "import os, sys, turns\n"
         f"turns.Prepared([sys.executable, '-c', {waiting!r}], os.environ, apart=True).wait_until_ready(60)\n"
@@ -102,7 +102,7 @@ def test_an_ended_suite_ends_its_checks_and_shows_what_it_has(number: signal.Sig
         script(tmp_path / "first.py", "wait(); import record; record.emit('verify --deep', equal=True)"),
         script(
             tmp_path / "second.py",
-            f"import os, time; wait(); open({str(began)!r}, 'w').write(str(os.getpid())); time.sleep(99)",
+            f"import os, time; wait(); print(os.getpid(), file=open({str(began)!r}, 'w'), flush=True); time.sleep(99)",
         ),
     ]
     code = (
