@@ -93,16 +93,14 @@ class Head:
         plain = self._plain_factors(hidden)
         if plain is not None:
             return cross_entropy.linear_cross_entropy(*plain, labels, dtype, counts)
-        if not torch.is_grad_enabled():
-            return sum(
-                (self.plain(*part) for part in self.chunks(hidden, labels, counts)),
-                start=torch.zeros((), device=hidden.device),
-            )
 
         def loss(part: torch.Tensor, there: slice) -> torch.Tensor:
             return self.plain(part, labels[there], None if counts is None else counts[there])
 
-        return self.in_chunks(hidden, self.slices(len(hidden)), loss)
+        slices = self.slices(len(hidden))
+        if not torch.is_grad_enabled():
+            return sum((loss(hidden[there], there) for there in slices), start=torch.zeros((), device=hidden.device))
+        return self.in_chunks(hidden, slices, loss)
 
     def in_chunks(self, hidden: torch.Tensor, slices: Sequence[slice], loss: LossOfChunk) -> torch.Tensor:
         """Return the sum of the losses of slices of hidden states, in their order.
@@ -138,13 +136,6 @@ class Head:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the model's logits of hidden states, float32, shape (tokens, vocabulary)."""
         return self.tail(self.module(hidden)).float()
-
-    def chunks(
-        self, hidden: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor | None = None
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-        """Yield hidden states, labels and weights of each of the `slices`."""
-        for there in self.slices(len(hidden)):
-            yield hidden[there], labels[there], None if counts is None else counts[there]
 
     def slices(self, tokens: int) -> list[slice]:
         """Return slices of as many tokens at a time as have `LOGITS_BYTES` of logits."""

@@ -207,9 +207,7 @@ class TargetLoss:
         head, hidden, _ = below
 
         def compute(part: torch.Tensor, there: slice) -> torch.Tensor:
-            with autocast(self.device, self.dtype):
-                logits = head.logits(part)
-            return loss(logits, there)
+            return loss(self._logits_of(head, part), there)
 
         slices = head.slices(len(hidden))
         if len(slices) == 1:
@@ -242,10 +240,12 @@ class TargetLoss:
             yield logits, labels
             return
         head, hidden, labels = below
-        for part, wanted, _ in head.chunks(hidden, labels):
-            with autocast(self.device, self.dtype):
-                logits = head.logits(part)
-            yield logits, wanted
+        for there in head.slices(len(hidden)):
+            yield self._logits_of(head, hidden[there]), labels[there]
+
+    def _logits_of(self, head: Head, hidden: torch.Tensor) -> torch.Tensor:
+        with autocast(self.device, self.dtype):
+            return head.logits(hidden)
 
     def _below_head(self, batch: Batch | Placed) -> tuple[Head, torch.Tensor, torch.Tensor] | None:
         """Return the head, its input for each target, and the labels; None if the model computes all logits itself."""

@@ -163,11 +163,6 @@ class Estimate:
         return f"{self.total / 1e9:.2f} GB at the peak of a step ({parts})"
 
 
-def is_alone(part: Sequence[int], config: Config) -> bool:
-    """Return whether the largest part of a step is all of it."""
-    return len(part) >= config.batch_size
-
-
 def largest_part(config: Config) -> list[int]:
     """Return the row lengths of the largest part that a step can have if all rows have full length."""
     tokens, length = config.part_tokens, config.max_length
@@ -188,7 +183,7 @@ def largest_texts(config: Config) -> list[int]:
 def most_of(profile: Profile, config: Config, *, recompute: bool = False) -> Estimate:
     """Return what a step of full rows takes at most: with its largest part, or with the anchor's texts."""
     part, texts = largest_part(config), largest_texts(config)
-    most = profile.estimate(part, recompute=recompute, alone=is_alone(part, config))
+    most = profile.estimate(part, recompute=recompute, alone=len(part) >= config.batch_size)
     if not texts:
         return most
     anchored = profile.estimate(texts, recompute=recompute, of_anchor=True)
