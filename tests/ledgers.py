@@ -11,13 +11,19 @@ from onward.store.metrics import Metrics
 from onward.store.rows import StepRecord
 
 
-def made_up_run(directory: Path, files: Sequence[tuple[str, int]], loss: Callable[[int], float]) -> RunLayout:
-    """Make a run whose ledger has these finished files, each with its number of steps; `loss` gives that of a step."""
+def empty_run(directory: Path) -> RunLayout:
+    """Make the directories and the ledger of a run without a config and a model."""
     layout = RunLayout(directory)
     directory.mkdir()
     layout.make()
-    layout.config.write_text("model: smollm2-135m\ndisk_margin_mb: 1\n")
     make_ledger(layout.ledger)
+    return layout
+
+
+def made_up_run(directory: Path, files: Sequence[tuple[str, int]], loss: Callable[[int], float]) -> RunLayout:
+    """Make a run whose ledger has these finished files, each with its number of steps; `loss` gives that of a step."""
+    layout = empty_run(directory)
+    layout.config.write_text("model: smollm2-135m\ndisk_margin_mb: 1\n")
     with Ledger(layout.ledger) as ledger:
         step = 0
         metrics = Metrics(layout.ledger, clock=lambda: 1000.0 + step)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from daemons import SETTINGS, configure, done, end, rows_file, twin_of, until, variable, watch
+from ledgers import empty_run
 from runs import new_run
 from states import assert_same_state
 
@@ -25,7 +26,7 @@ from onward.layout import RunLayout
 from onward.service.outside.reporting import LOG_BYTES, LOG_PARTS, Reporter
 from onward.service.owner.alongside.background import Background
 from onward.service.owner.alongside.heartbeat import Heartbeat
-from onward.store.ledger import Ledger, make_ledger
+from onward.store.ledger import Ledger
 
 
 class Listener(ThreadingHTTPServer):
@@ -81,11 +82,7 @@ def run(tmp_path: Path, model: Path) -> Run:
 @pytest.fixture
 def layout(tmp_path: Path) -> RunLayout:
     """The directories and the ledger of a run without a model."""
-    made = RunLayout(tmp_path / "run")
-    made.root.mkdir()
-    made.make()
-    make_ledger(made.ledger)
-    return made
+    return empty_run(tmp_path / "run")
 
 
 def unused_url() -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 from arrivals import NOW, write
+from ledgers import empty_run
 from runs import new_run
 from users import with_mounts
 
@@ -25,18 +26,14 @@ from onward.service.intake.inbox import STUCK
 from onward.service.intake.rules import RowRules
 from onward.service.owner import faults
 from onward.service.state.retention import DAY, Retention
-from onward.store.ledger import Ledger, make_ledger
+from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
 
 
 @pytest.fixture
 def layout(tmp_path: Path) -> RunLayout:
     """The directories and the ledger of a run without a model."""
-    made = RunLayout(tmp_path / "run")
-    made.root.mkdir()
-    made.make()
-    make_ledger(made.ledger)
-    return made
+    return empty_run(tmp_path / "run")
 
 
 def move_in(layout: RunLayout, *paths: Path) -> list[str]:
