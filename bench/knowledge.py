@@ -174,12 +174,12 @@ def measure(trial: Trial, rows: Mapping[str, Sequence[str]], model: str, dtype: 
 def trained_tokens(run: Any) -> int:
     """Return the tokens that a run trained, including the anchor's texts in the loss."""
     from onward.store.ledger import Ledger
-    from onward.training.steps.anchor import ROWS_PER_TEXT
+    from onward.training.steps.anchor import texts_of_step
 
     with Ledger(run.layout.ledger, read_only=True) as ledger:
         tokens = sum(ledger.tokens_of(row.id) for row in ledger.files("training", "done"))
     anchor, steps = run.config.anchor, run.status()["global_step"]
-    return tokens + (steps * max(1, BATCH // ROWS_PER_TEXT) * anchor.tokens if anchor.weight else 0)
+    return tokens + (steps * texts_of_step(run.config) * anchor.tokens if anchor.weight else 0)
 
 
 def figures(run: Any, trial: Trial) -> dict[str, Any]:
