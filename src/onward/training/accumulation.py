@@ -74,9 +74,11 @@ class Accumulation:
             is_anchored = False
             try:
                 total = self._accumulate(parts, again[: len(parts)], batch.weight, factor)
+                if self.anchor is None:
+                    return total, []
                 is_anchored = True
                 with self.world.together():
-                    return total, self._anchor_gradients(texts, again[len(parts) :], factor)
+                    return total, self._anchor_gradients(self.anchor, texts, again[len(parts) :], factor)
             except Exception as error:
                 self.state.optimizer.zero_grad(set_to_none=True)
                 again = self._with_less(error, again) if is_out_of_memory(error) else None
@@ -167,17 +169,15 @@ class Accumulation:
             yield
 
     def _anchor_gradients(
-        self, texts: Sequence[PlacedTexts], recompute: Sequence[bool], factor: float
+        self, anchor: AnchorTerm, texts: Sequence[PlacedTexts], recompute: Sequence[bool], factor: float
     ) -> list[torch.Tensor]:
-        """Add the gradient of the anchor's term, if there is one, and return what sums up to its divergence."""
-        if self.anchor is None:
-            return []
-        context = partial(self._context, self.anchor.seed(self.state.step, self.config))
-        compute = partial(self.anchor.add_gradients, self.loss, factor=factor)
+        """Add the gradient of the anchor's term, and return what sums up to its divergence."""
+        context = partial(self._context, anchor.seed(self.state.step, self.config))
+        compute = partial(anchor.add_gradients, self.loss, factor=factor)
         try:
             recorded = None if any(recompute) else self._recorded_texts(texts)
             if recorded is not None:
-                kind = self.anchor.weight, len(texts[0].batch), texts[0].batch.tokens, self.config.lora.dropout
+                kind = anchor.weight, len(texts[0].batch), texts[0].batch.tokens, self.config.lora.dropout
                 return [recorded.add(texts[0], compute, context, kind, alone=False)]
             found: list[torch.Tensor] = []
             with context():
