@@ -1,4 +1,4 @@
-"""What tests of adoption share: checkpoints of a stock Trainer, made once."""
+"""What several tests of the service share, made once: checkpoints of a stock Trainer, a trained run."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import pytest
 import stock
 import tiny
 from adopting import train_stock
+from runs import new_run
 from stock import STEPS
 from transformers import AutoModelForCausalLM
+
+from onward.layout import RunLayout
 
 
 @pytest.fixture(scope="session")
@@ -53,3 +56,18 @@ def copied(by_method: dict[str, stock.Saved], tmp_path: Path) -> Callable[[str],
 def file(tmp_path: Path) -> Path:
     """A training file of five steps."""
     return tiny.write_jsonl(tmp_path / "more.jsonl", tiny.chat_rows(19, seed=3))
+
+
+@pytest.fixture(scope="session")
+def two_files(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was trained on two files; tests copy it."""
+    folder = tmp_path_factory.mktemp("two-files")
+    run = new_run(folder / "run", model, batch_size=4, max_length=256, lora={"rank": 2})
+    run.train(*[tiny.write_jsonl(folder / f"{n}.jsonl", tiny.chat_rows(n, seed=n)) for n in (8, 4)])
+    return run.layout.root
+
+
+@pytest.fixture
+def layout(two_files: Path, tmp_path: Path) -> RunLayout:
+    """A copy of the trained run, without the hard links of its boundaries."""
+    return RunLayout(Path(shutil.copytree(two_files, tmp_path / "run")))
