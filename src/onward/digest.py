@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,24 @@ def _read_chunks(path: Path) -> Iterable[memoryview]:
             yield memory[:size]
 
 
-def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hex."""
+def sha256_file(path: Path, stop: Callable[[], None] = lambda: None) -> str:
+    """Return the SHA-256 of a file's bytes, in hex; `stop` is called for every chunk, and may raise."""
     digest = hashlib.sha256()
     for chunk in _read_chunks(path):
+        stop()
         digest.update(chunk)
     return digest.hexdigest()
 
 
-def xxh3_file(path: Path) -> str:
-    """Return the xxh3-128 of a file's bytes, in hex (about 10 GB/s; for damage, not for adversaries)."""
+def xxh3_file(path: Path, stop: Callable[[], None] = lambda: None) -> str:
+    """Return the xxh3-128 of a file's bytes, in hex (about 10 GB/s; for damage, not for adversaries).
+
+    Args:
+        stop: called for every chunk; may raise.
+    """
     digest = xxhash.xxh3_128()
     for chunk in _read_chunks(path):
+        stop()
         digest.update(chunk)
     return digest.hexdigest()
 

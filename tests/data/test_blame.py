@@ -1,6 +1,7 @@
 """What a file or one of its rows is to blame for, and what neither is."""
 
 import errno
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ ERRORS = {"index": IndexError("list index out of range"), "overflow": OverflowEr
 class GivesUp(RowTokenizer):
     """A tokenizer that raises at some rows, as a library may."""
 
-    def prepare(self, record: Any) -> Any:
+    def prepare(self, record: Any, stop: Callable[[], None] = lambda: None) -> Any:
         """Raise what the row asks for, before it is tokenized."""
-        text = super().prepare(record)
+        text = super().prepare(record, stop)
         if text.text.startswith("prepare "):
             raise ERRORS[text.text.split()[1]]
         return text

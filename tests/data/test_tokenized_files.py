@@ -1,6 +1,8 @@
 """A file becomes rows on disk: counted, equal for equal files, whole or not there."""
 
+import errno
 import json
+import os
 import sys
 import tracemalloc
 from pathlib import Path
@@ -21,7 +23,7 @@ from onward.data.tokenize import tokenize_file
 from onward.data.tokenized import TokenizedFile
 from onward.data.tokenizer import TokenizerState
 from onward.digest import sha256_file
-from onward.errors import DamagedState
+from onward.errors import DamagedState, Unreadable
 from onward.service.intake.rules import RunTokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -158,7 +160,7 @@ def test_stopping_leaves_nothing_behind(tmp_path: Path, rows: list[Any]) -> None
 
     def stop() -> None:
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == 600:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -208,6 +210,24 @@ def test_damage_is_noticed(tmp_path: Path, name: str) -> None:
     path.unlink()
     with pytest.raises(DamagedState):
         TokenizedFile.open(tmp_path / "tokens", verify=False)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.ENOMEM, errno.ESTALE])
+@pytest.mark.parametrize("place", ["pathlib.Path.read_bytes", "pathlib.Path.stat", "numpy.memmap"])
+def test_what_cannot_be_read_is_not_damaged(
+    place: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failing disk, too many open files or no memory say nothing about the file, which must stay."""
+    intake(write_jsonl(tmp_path / "a.jsonl", chat_rows(3)))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, refuse)
+        with pytest.raises(Unreadable, match=os.strerror(number)):
+            TokenizedFile.open(tmp_path / "tokens")
+    assert 3 == TokenizedFile.open(tmp_path / "tokens").rows
 
 
 @pytest.mark.slow

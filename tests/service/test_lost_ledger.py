@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
 import signal
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from commands import onward
 from daemons import LONG, PATIENCE, SETTINGS, end, hold, is_in, rows_file, until, watch
+from faults import assert_complete
 from runs import new_run
 
 from onward import Run
@@ -35,6 +38,15 @@ def replace(layout: RunLayout) -> None:
     shutil.copy(layout.root / COPY, layout.ledger)
 
 
+def restore(layout: RunLayout) -> None:
+    """Write the content of an older copy into the ledger, as SQLite's shell does (`.restore`): the file is the same."""
+    with (
+        contextlib.closing(sqlite3.connect(layout.root / COPY)) as source,
+        contextlib.closing(sqlite3.connect(layout.ledger)) as target,
+    ):
+        source.backup(target)
+
+
 @pytest.fixture
 def run(tmp_path: Path, model: Path) -> Run:
     """A run that has trained one file."""
@@ -55,7 +67,7 @@ def require_told(run: Run, log: Path) -> list[str]:
     return command
 
 
-@pytest.mark.parametrize("lose", [remove, replace])
+@pytest.mark.parametrize("lose", [remove, replace, restore])
 @pytest.mark.parametrize("by", ["itself", "a stop"])
 def test_in_the_middle_of_a_file(run: Run, tmp_path: Path, lose: Callable[[RunLayout], None], by: str) -> None:
     """The process ends with status 5, names the way out and claims no commit; nobody makes another ledger."""
@@ -71,7 +83,24 @@ def test_in_the_middle_of_a_file(run: Run, tmp_path: Path, lose: Callable[[RunLa
         process.join(PATIENCE)
         assert 5 == process.exitcode
     require_told(run, tmp_path / "log")
-    assert (lose is replace) == run.layout.ledger.exists()
+    assert (lose is not remove) == run.layout.ledger.exists()
+
+
+@pytest.mark.parametrize("place", ["middle of a file", "idle"])
+def test_a_log_that_is_removed(place: str, run: Run, tmp_path: Path) -> None:
+    """The process cannot use the ledger any more, so it ends with status 5; the next one goes on with all of it."""
+    held, name = hold(run), "b.jsonl"
+    if place != "idle":
+        run.add(rows_file(tmp_path / name, LONG))
+    process = watch(run, prepare=held)
+    until(is_in(run, name) if place != "idle" else lambda: run.status()["heartbeat_seconds"] is not None, process)
+    run.layout.ledger.with_name("ledger.sqlite3-wal").unlink()
+    held.let_go.touch()
+    process.join(PATIENCE)
+    assert 5 == process.exitcode
+    assert "the log of the ledger was removed or replaced" in (tmp_path / "log").read_text()
+    run.train(*[] if place != "idle" else [rows_file(tmp_path / name, LONG)])
+    assert_complete(run.layout.root)
 
 
 def test_while_nothing_is_trained(run: Run, tmp_path: Path) -> None:

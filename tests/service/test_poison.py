@@ -166,6 +166,29 @@ def test_a_file_is_withdrawn_while_it_is_checked(run: Run) -> None:
     assert 1 == len(list(run.layout.tokens.iterdir()))
 
 
+@pytest.mark.parametrize("at", range(1, 7))
+def test_a_file_is_withdrawn_while_it_or_the_next_one_is_read(at: int, run: Run) -> None:
+    """Files that arrive together are recorded together: one that was read, and then skipped, is in nobody's way."""
+    looks = 0
+    for name in ("out.jsonl", "good.jsonl"):
+        tiny.write_jsonl(run.layout.inbox / name, tiny.chat_rows(3, seed=len(name)))
+
+    def withdraw() -> None:
+        nonlocal looks
+        looks += 1
+        if looks == at:  # the first two are for the lock, the next two for `out.jsonl`, the last two for `good.jsonl`
+            intake.withdraw(ledger.announced()[0], "no use")
+
+    with Ledger(run.layout.ledger) as ledger:
+        announce(run.layout, ledger, "out.jsonl", "good.jsonl")
+        intake = Intake(run.layout, ledger)
+        intake.stop = withdraw
+        assert ["good.jsonl"] == [row.name for row in intake.bring_in()]
+        assert {"out.jsonl": "skipped", "good.jsonl": "arriving"} == states(ledger)
+    assert (run.layout.rejected / "out.jsonl").is_file()
+    assert ["good.jsonl"] == [path.name for path in run.layout.archive.iterdir()]
+
+
 def test_an_unread_file_is_withdrawn(run: Run) -> None:
     """A file that only has its place in the queue is taken out of the inbox, and does not come back."""
     tiny.write_jsonl(run.layout.inbox / "a.jsonl", tiny.chat_rows(3))

@@ -68,3 +68,34 @@ def test_a_read_that_fails(name: str, model: Path, tmp_path: Path) -> None:
                 raise
             shutil.rmtree(root.parent)
     assert 0 < refused
+
+
+@pytest.mark.slow
+def test_texts_of_the_anchor_that_cannot_be_read(model: Path, tmp_path: Path) -> None:
+    """They are written once for a run, and the base may write others elsewhere: a read that fails removes none."""
+    first, second = (tiny.write_jsonl(tmp_path / f"{n}.jsonl", tiny.chat_rows(n, seed=n)) for n in (4, 6))
+    settings = {**SETTINGS, "anchor": {"rows": 2, "tokens": 4, "weight": 0.1}}
+    before = new_run(tmp_path / "before", model, **settings).layout.root
+    assert 0 == command(tmp_path / "output", "train", first, "--run", before)
+    Run(before).add(second)
+    after, record = copy_run(before, tmp_path / "after"), tmp_path / "record"
+    assert 0 == command(
+        tmp_path / "output", "train", "--run", after, prepare=ReadFault(after / "anchor", record=record).arm
+    )
+    total = len(record.read_text().splitlines())
+    refused = 0
+    for number, at in enumerate(range(1, total + 1, max(1, total // POINTS))):
+        root, kind = copy_run(before, tmp_path / str(at)), KINDS[number % len(KINDS)]
+        kept = inodes(root / "anchor")
+        refused += 1 == command(
+            tmp_path / "output", "train", "--run", root, prepare=ReadFault(root / "anchor", at, kind).arm
+        )
+        assert kept == inodes(root / "anchor")
+        assert 0 == command(tmp_path / "output", "train", "--run", root)
+        assert_same_state(after, root)
+    assert refused
+
+
+def inodes(folder: Path) -> dict[Path, int]:
+    """Return the inode of every file in a folder: one that was written again has another."""
+    return {path.relative_to(folder): path.stat().st_ino for path in folder.rglob("*") if path.is_file()}

@@ -134,6 +134,19 @@ def test_of_files_that_nothing_tells_apart_the_last_is_meant(ledger: Ledger) -> 
     assert "file:7" in str(caught.value.hint)
 
 
+def test_a_file_that_waits_is_told_from_one_of_its_content_that_has_a_place(ledger: Ledger) -> None:
+    """Added again while it is trained, it can be skipped: the hash means it, the position the one in training."""
+    fixed: dict[str, Any] = {"command": "c", "bytes": 1, "format": "jsonl", "copy": "x", "name": "odd.jsonl"}
+    training = ledger.insert_file(state="training", sha256="99" * 32, position=5, **fixed)
+    _, last = (ledger.insert_file(state="queued", sha256="99" * 32, again=1, **fixed) for _ in range(2))
+    states = ("arriving", "queued", "training")
+    with pytest.raises(UsageError) as caught:
+        find_file(ledger, "odd.jsonl", *states)
+    assert "Say which one, as file:5, or file:999999999999 for the last without a place." == caught.value.hint
+    found = [find_file(ledger, name, *states).id for name in ("file:5", "5", "file:999999999999", "9999")]
+    assert [training, training, last, last] == found
+
+
 @pytest.mark.parametrize("name", ["waits too.jsonl", "-rf.jsonl", "--help.jsonl"])
 def test_a_name_in_a_suggested_command_is_understood(name: str, ledger: Ledger) -> None:
     """The word that is suggested is no option, and means that file."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, takewhile
 from typing import Any, Literal, TypeAlias
@@ -87,15 +87,18 @@ class RowTokenizer:
         """Return the settings that decide which tokens a row becomes."""
         return {"tokenizer": self.state.key, "max_length": self.max_length, "over_length": self.over_length}
 
-    def prepare(self, record: Record) -> RowText:
+    def prepare(self, record: Record, stop: Callable[[], None] = lambda: None) -> RowText:
         """Return the text of a row and which of its characters are targets.
+
+        Args:
+            stop: called again and again while a long chat is proven; may raise.
 
         Raises:
             RowError: the chat template refuses the row, or its targets cannot be proven.
         """
         if isinstance(record, Chat):
-            text, spans = self._template.render(record)
-            weighed = tuple(self._weighed(record)) if record.weights else ()
+            text, spans = self._template.render(record, stop)
+            weighed = tuple(self._weighed(record, stop)) if record.weights else ()
             return RowText(text, spans, closed=True, ignored=self._template.ignored(record), weighed=weighed)
         is_text = isinstance(record, Text)
         text = record.text if is_text else record.prompt + record.completion
@@ -109,12 +112,13 @@ class RowTokenizer:
         weighed = ((record.weight, spans),) if record.weight != 1 else ()
         return RowText(text, spans, closed=False, ignored=record.ignored, weighed=weighed)
 
-    def _weighed(self, chat: Chat) -> Iterator[tuple[float, list[Span]]]:
+    def _weighed(self, chat: Chat, stop: Callable[[], None]) -> Iterator[tuple[float, list[Span]]]:
         """Yield each weight other than 1 with the character spans of the answers that have it."""
         for weight in dict.fromkeys(chat.weights.values()):
             others = [turn for turn in chat.turns if chat.weights.get(turn, 1.0) != weight]
             if len(others) < len(chat.turns):
-                yield weight, self._template.render(replace(chat, untrained=chat.untrained.union(others)))[1]
+                untrained = chat.untrained.union(others)
+                yield weight, self._template.render(replace(chat, untrained=untrained), stop)[1]
 
     def encode(self, rows: Sequence[RowText], weights: Weights | None = None) -> list[PackedRow]:
         """Return the packed tokens of each row, whatever their length.

@@ -139,7 +139,7 @@ class _Intake:
             SourceChanged: it is not the file that has this hash.
         """
         try:
-            source = SourceFile(path, links=sha256 is None)
+            source = SourceFile(path, links=sha256 is None, stop=self._stop)
         except FileError as error:
             form = format_of(path.name)
             self._unit = unit_of(form) if form else "line"
@@ -194,11 +194,11 @@ class _Intake:
         """Yield the rows of a file as far as it can be read, then check all of its bytes against its hash."""
         is_read_in_order = source.form not in SEEKS
         if sha256 is not None and not is_read_in_order:
-            source.check_read(sha256, self._stop)
+            source.check_read(sha256)
             source.rewind()
         line = 0
         try:
-            for row in rows_of(source, self._reading, self._stop):
+            for row in rows_of(source, self._reading):
                 line = row.line
                 yield row
         except GeneratorExit:  # the reader of the rows stopped early
@@ -210,7 +210,7 @@ class _Intake:
             return
         if not is_read_in_order:
             source.rewind()
-        source.check_read(sha256, self._stop)
+        source.check_read(sha256)
 
     def _prepared(self, rows: Iterable[SourceRow]) -> Iterator[tuple[int, RowText]]:
         for row in rows:
@@ -227,7 +227,7 @@ class _Intake:
         if row.problem is not None:
             raise RowError(row.problem, row.remedy or "")
         record = parse_record(self._columns.mapped(row.value), padded=self._is_table)
-        prepared = self._row_tokenizer.prepare(record)
+        prepared = self._row_tokenizer.prepare(record, self._stop)
         self._ignored.add(prepared.ignored)
         longest_character = 4  # bytes in UTF-8
         limits = self._reading.limits

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from onward.atomic import TEMPORARY_PREFIX, is_own_folder, remove_tree
 from onward.data.row_types import RowError
 from onward.digest import canonical_json, sha256_json, xxh3_file
-from onward.errors import DamagedState
+from onward.errors import DamagedState, Unreadable
+from onward.stated import NO_SUCH_FILE
 
 FORMAT, WEIGHED_FORMAT = 1, 2
 """Formats of files whose targets all have the weight 1, and of other files."""
@@ -221,6 +222,7 @@ class TokenizedFile:
 
         Raises:
             DamagedState: a file is missing or its size (with `verify`, also its hash) is not what was published.
+            Unreadable: the machine cannot read it now, so nothing is known about it.
         """
         try:
             meta: dict[str, Any] = json.loads((directory / META).read_bytes())
@@ -232,7 +234,13 @@ class TokenizedFile:
             if CHECK in meta and meta[CHECK] != _check_of(meta):
                 raise DamagedState("meta.json is not what was written", where=directory, hint=HINT)
             return cls(directory, meta)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except OSError as error:
+            if error.errno not in NO_SUCH_FILE:
+                raise Unreadable.of(error, directory) from None
+            raise DamagedState(
+                f"a part of the tokenized file is missing: {error}", where=directory, hint=HINT
+            ) from None
+        except (ValueError, KeyError, TypeError) as error:
             raise DamagedState(f"the tokenized file is damaged: {error}", where=directory, hint=HINT) from error
 
     @property

@@ -182,6 +182,8 @@ class Database:
         except (sqlite3.DatabaseError, OnwardError) as error:
             self._connection.close()
             raise refusal(path, error) if isinstance(error, sqlite3.DatabaseError) else error from None
+        self._log = log_of(path.resolve())  # next to a link's target
+        self._log_identity = None if read_only else _identity(self._log)
 
     def _require_schema(self, *, read_only: bool, create: bool) -> None:
         """Bring the schema up to date; where nothing may be written, let this connection see it as if it were."""
@@ -206,7 +208,9 @@ class Database:
             self._connection.backup(target)
 
     def require_in_place(self) -> None:
-        """Raise if the file was removed, replaced or emptied under this process; asked in any thread.
+        """Raise if the file or its log was removed, replaced or emptied under this process; asked in any thread.
+
+        SQLite itself removes a log only when nobody uses the file any more.
 
         Raises:
             DamagedState: it was; whatever is written now would be lost.
@@ -215,6 +219,10 @@ class Database:
             raise RunLayout(self.path.parent).lost_ledger()
         if not self.path.stat().st_size:
             raise RunLayout(self.path.parent).empty_ledger()
+        if self._log_identity is not None and _identity(self._log) != self._log_identity:
+            what = "the log of the ledger was removed or replaced, and what was recorded last may be lost with it"
+            hint = "onward train goes on from the last commit, or says what is missing."
+            raise DamagedState(what, where=self._log.absolute(), hint=hint)
 
     def require_own_release(self) -> None:
         """Raise if a newer release has changed the file under this process, or others removed it.

@@ -190,6 +190,18 @@ class Files(Ranges):
                 raise OnwardError(f"a file cannot go from {old} to {state}", where=f"file id {file_id}")
             self.set_file(file_id, state=state, **values)
 
+    def change_arriving(self, file_id: int, **values: Any) -> bool:
+        """Set columns of a file that is still arriving, its state among them; return False if it is no longer.
+
+        `skip` takes a file out while another process, or this one, reads it.
+        """
+        with self.transaction():
+            row = self.find(file_id)
+            if row is None or row.state != "arriving":
+                return False
+            self.set_file(file_id, **values)
+            return True
+
     def set_file(self, file_id: int, **values: Any) -> None:
         """Set columns of a file that stays in its state."""
         assignments = ", ".join(f"{name} = ?" for name in values)

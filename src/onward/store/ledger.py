@@ -11,6 +11,7 @@ from typing import Any
 
 from onward.atomic import TEMPORARY_PREFIX, fsync_directory
 from onward.errors import OnwardError
+from onward.layout import RunLayout
 from onward.store.curve import Curve
 from onward.store.database import begin, connect, marks
 from onward.store.files import BEGUN, Files
@@ -59,11 +60,25 @@ def put_soon(path: Path, waiting: Waiting, **facts: Any) -> None:
 class Ledger(Files, Requests, Curve, Tracking):
     """Reads the ledger and makes its legal moves. There is one writer of training state, and readers at any time."""
 
+    _newest_event = 0
+
     def __enter__(self) -> Ledger:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def require_own_release(self) -> None:
+        """Raise as `Database` does, and if the content was replaced by that of an older copy: events are never removed.
+
+        Raises:
+            DamagedState, Outdated: the process cannot go on with this file.
+        """
+        super().require_own_release()
+        newest = self.last_event()
+        if newest < self._newest_event:
+            raise RunLayout(self.path.parent).lost_ledger()
+        self._newest_event = newest
 
     # facts of the run
 

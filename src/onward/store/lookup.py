@@ -30,7 +30,8 @@ def typed(name: str) -> str:
 def find_file(ledger: Ledger, name: str, *states: str) -> FileRow:
     """Return the file in these states with a name, a position or a hash prefix.
 
-    Of several with one content, none of which has a place in the stream, it is the last: nothing tells them apart.
+    Of several with one content that have no place in the stream it is the last: nothing tells them apart. If others of
+    that content have a place, which names them, the hash means those without.
 
     Raises:
         UsageError: there is none, or there are several.
@@ -39,6 +40,8 @@ def find_file(ledger: Ledger, name: str, *states: str) -> FileRow:
     matches = _matches(rows, name)
     if len(matches) == 1 or _are_alike(matches):
         return matches[-1]
+    if _are_named_by_hash(matches, name) and _are_alike(without := _without_place(matches)):
+        return without[-1]
     if matches:
         raise _several(name, matches, where="FILE")
     others = [state for state in ALL_STATES if state not in states]
@@ -147,9 +150,20 @@ def _are_alike(rows: Sequence[FileRow]) -> bool:
     return len(contents) == 1 and "" not in contents and not any(row.position for row in rows)
 
 
+def _are_named_by_hash(rows: Sequence[FileRow], text: str) -> bool:
+    plain = text.removeprefix(FILE).lower()
+    return len({row.sha256 for row in rows}) == 1 and bool(plain) and all(row.sha256.startswith(plain) for row in rows)
+
+
+def _without_place(rows: Sequence[FileRow]) -> list[FileRow]:
+    return [row for row in rows if not row.position]
+
+
 def _example(rows: Sequence[FileRow]) -> str:
-    row = max(rows, key=lambda row: row.position or 0) if any(row.position for row in rows) else rows[-1]
-    return f"{FILE}{row.position or row.sha256[:12]}"
+    placed, others = max(rows, key=lambda row: row.position or 0), _without_place(rows)
+    if placed.position and _are_alike(others) and others[0].sha256 == placed.sha256:
+        return f"{FILE}{placed.position}, or {FILE}{placed.sha256[:12]} for the last without a place"
+    return f"{FILE}{placed.position or rows[-1].sha256[:12]}"
 
 
 def _place(row: FileRow) -> str:

@@ -47,6 +47,7 @@ class SourceFile(io.RawIOBase):
     Args:
         path: the file.
         links: whether a symbolic link is followed.
+        stop: called for every buffer that is read, packed or unpacked, whether or not it holds rows; may raise.
 
     Attributes:
         form: its format by its name; once an archive is open, the format of the file in it.
@@ -57,9 +58,10 @@ class SourceFile(io.RawIOBase):
         OSError: the machine cannot open it.
     """
 
-    def __init__(self, path: Path, *, links: bool = False) -> None:
+    def __init__(self, path: Path, *, links: bool = False, stop: Callable[[], None] = lambda: None) -> None:
         super().__init__()
         self.path = path
+        self.stop = stop
         self.form = file_format(path)
         self.notes: list[str] = []
         self.taken = 0
@@ -92,6 +94,7 @@ class SourceFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Read the next bytes into `buffer` and hash them."""
+        self.stop()
         count = self._file.readinto(buffer) or 0
         self._digest.update(memoryview(buffer)[:count])
         self.taken += count
@@ -107,7 +110,7 @@ class SourceFile(io.RawIOBase):
         """Set the digest of what the bytes unpack to, by which compressed copies in the archive are known."""
         self._unpacked_digest = digest
 
-    def check_read(self, sha256: str, stop: Callable[[], None]) -> None:
+    def check_read(self, sha256: str) -> None:
         """Read the rest and compare everything read with a hash, either of the bytes or of what they unpack to.
 
         Raises:
@@ -115,7 +118,7 @@ class SourceFile(io.RawIOBase):
         """
         memory = bytearray(BUFFER)
         while self.readinto(memory):
-            stop()
+            pass
         unpacked = self._unpacked_digest
         if sha256 != self._digest.hexdigest() and (unpacked is None or sha256 != unpacked.hexdigest()):
             raise SourceChanged
@@ -128,13 +131,10 @@ class SourceFile(io.RawIOBase):
 
 
 @contextmanager
-def open_bytes(source: SourceFile, limits: Limits, stop: Callable[[], None]) -> Generator[BinaryIO]:
+def open_bytes(source: SourceFile, limits: Limits) -> Generator[BinaryIO]:
     """Open the uncompressed bytes of a file; damage found while the `with` block reads them becomes a `FileError`.
 
     For an archive, the format of `source` becomes that of the file in it.
-
-    Args:
-        stop: called for every buffer that is read; may raise.
 
     Raises:
         FileError: the content is not what the ending says, is damaged, or exceeds a limit once unpacked.
@@ -151,7 +151,7 @@ def open_bytes(source: SourceFile, limits: Limits, stop: Callable[[], None]) -> 
         compression = source.form.partition(".")[2] or None
         size = source.size
         count = (lambda: size) if is_archive else (lambda: source.taken) if compression else None
-        counted = _Counted(decompressed(packed, compression), source, limits, stop, count)
+        counted = _Counted(decompressed(packed, compression), source, limits, count)
         yield io.BufferedReader(counted, BUFFER)
     except EOFError:
         raise FileError("the compressed file is cut off", "copy or download it again") from None
@@ -201,13 +201,11 @@ class _Counted(io.RawIOBase):
         packed: returns how many packed bytes have been read so far; None if the file is not packed.
     """
 
-    def __init__(
-        self, inner: Any, source: SourceFile, limits: Limits, stop: Callable[[], None], packed: Callable[[], int] | None
-    ) -> None:
+    def __init__(self, inner: Any, source: SourceFile, limits: Limits, packed: Callable[[], int] | None) -> None:
         super().__init__()
         self._inner = inner
         self._limits = limits
-        self._stop = stop
+        self._stop = source.stop
         self._packed = packed
         self._digest = hashlib.sha256() if packed else None
         self._count = 0

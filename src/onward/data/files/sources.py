@@ -7,7 +7,7 @@ A problem of one row is reported with that row and reading continues; what makes
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,6 @@ from onward.data.files.table import table_rows
 __all__ = ["FileError", "SourceRow", "file_format", "read_rows", "rows_of"]
 
 
-def _never_stop() -> None:
-    pass
-
-
 def read_rows(path: Path | str, reading: Reading | None = None) -> Iterator[SourceRow]:
     """Yield the rows of a file in order; blank lines are skipped.
 
@@ -43,18 +39,14 @@ def read_rows(path: Path | str, reading: Reading | None = None) -> Iterator[Sour
         yield from rows_of(source, reading or Reading())
 
 
-def rows_of(source: SourceFile, reading: Reading, stop: Callable[[], None] = _never_stop) -> Iterator[SourceRow]:
-    """Yield the rows of an open file in order; see `read_rows`.
-
-    Args:
-        stop: called for every buffer read from a file in sequential order, whether or not it holds rows; may raise.
-    """
+def rows_of(source: SourceFile, reading: Reading) -> Iterator[SourceRow]:
+    """Yield the rows of an open file in order; see `read_rows`."""
     limits = reading.limits
     if source.form == "parquet":
         require_content(os.pread(source.fileno(), 16, 0), source.form, source.fileno(), source.path)
         yield from _numbered(parquet_rows(source, limits))
         return
-    with open_bytes(source, limits, stop) as stream:
+    with open_bytes(source, limits) as stream:
         name = source.form.partition(".")[0]
         if name == "arrow":
             yield from _numbered(arrow_rows(stream, source, limits))

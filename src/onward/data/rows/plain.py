@@ -6,6 +6,7 @@ of unique words, holds for all: of each row, only that it renders to those piece
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -53,26 +54,29 @@ class PlainChats:
     """Finds the targets of plain chats.
 
     Args:
-        prove: returns the text of a chat and its proven targets.
+        prove: returns the text of a chat and its proven targets; its second argument is called between renderings.
     """
 
-    def __init__(self, prove: Callable[[Chat], tuple[str, list[Target]]]) -> None:
+    def __init__(self, prove: Callable[[Chat, Callable[[], None]], tuple[str, list[Target]]]) -> None:
         self._prove = prove
         self._shapes: dict[tuple[bool, tuple[str, ...]], _Shape | None] = {}
 
-    def targets(self, chat: Chat, texts: Sequence[str], text: str) -> list[tuple[int, int]] | None:
+    def targets(
+        self, chat: Chat, texts: Sequence[str], text: str, stop: Callable[[], None] = lambda: None
+    ) -> list[tuple[int, int]] | None:
         """Return the targets of a chat; None if it has to be proven by itself.
 
         Args:
             chat: a plain chat.
             texts: what its messages say.
             text: what it renders to.
+            stop: called while a sequence of roles is proven; may raise.
         """
         kept = [said.strip() for said in texts]
         if not all(kept):
             return None
         is_padded = sum(map(len, kept)) != sum(map(len, texts))
-        shape = self._shape(is_padded, tuple([message["role"] for message in chat.messages]))
+        shape = self._shape(is_padded, tuple([message["role"] for message in chat.messages]), stop)
         if shape is None:
             return None
         for strip in STRIPPERS if is_padded else STRIPPERS[:1]:
@@ -81,40 +85,46 @@ class PlainChats:
                 return shape.place(kept, chat.untrained)
         return None
 
-    def _shape(self, is_padded: bool, roles: tuple[str, ...]) -> _Shape | None:
+    def _shape(self, is_padded: bool, roles: tuple[str, ...], stop: Callable[[], None]) -> _Shape | None:
         key = is_padded, roles
         if key not in self._shapes:
             if len(self._shapes) >= SHAPES:
                 return None
-            self._shapes[key] = self._padded(roles) if is_padded else self._proven(roles, "")
+            self._shapes[key] = self._padded(roles, stop) if is_padded else self._proven(roles, "", stop)
         return self._shapes[key]
 
-    def _padded(self, roles: tuple[str, ...]) -> _Shape | None:
+    def _padded(self, roles: tuple[str, ...], stop: Callable[[], None]) -> _Shape | None:
         """Return the shape for texts with white space around them, if that changes nothing else."""
-        return self._shape(False, roles) if self._proven(roles, " \n") else None
+        return self._shape(False, roles, stop) if self._proven(roles, " \n", stop) else None
 
-    def _proven(self, roles: Sequence[str], around: str) -> _Shape | None:
+    def _proven(self, roles: Sequence[str], around: str, stop: Callable[[], None]) -> _Shape | None:
         words = [WORD.format(place) for place in range(len(roles))]
         messages: list[Message] = [
             {"role": role, "content": around + word + around} for role, word in zip(roles, words, strict=True)
         ]
         try:
-            text, targets = self._prove(Chat(messages))
+            text, targets = self._prove(Chat(messages), stop)
         except RowError:
             return None
-        return _Shape(list(_split(text, words)), [_measured(target, text, words) for target in targets])
+        ends = list(_ends(text, words))
+        return _Shape(list(_between(text, words, ends)), [_measured(target, ends, words) for target in targets])
 
 
-def _split(text: str, words: Sequence[str]) -> Iterator[str]:
+def _ends(text: str, words: Sequence[str]) -> Iterator[int]:
+    """Yield where each word ends in a text that contains each once, in order."""
+    end = 0
     for word in words:
-        piece, _, text = text.partition(word)
-        yield piece
-    yield text
+        end = text.index(word, end) + len(word)
+        yield end
 
 
-def _measured(target: Target, text: str, words: Sequence[str]) -> tuple[int, int, int, int, int]:
-    ends = [text.index(word) + len(word) for word in words]
-    first = sum(end <= target.start for end in ends)
-    behind = sum(end <= target.end for end in ends)
+def _between(text: str, words: Sequence[str], ends: Sequence[int]) -> Iterator[str]:
+    for word, end, before in zip(words, ends, (0, *ends), strict=False):
+        yield text[before : end - len(word)]
+    yield text[ends[-1] :]
+
+
+def _measured(target: Target, ends: Sequence[int], words: Sequence[str]) -> tuple[int, int, int, int, int]:
+    first, behind = bisect_right(ends, target.start), bisect_right(ends, target.end)
     length = len(words[0])
     return target.place, first, target.start - first * length, behind, target.end - behind * length

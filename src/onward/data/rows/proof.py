@@ -8,8 +8,11 @@ be the beginning of the text, and end with the token at which inference stops.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 from onward.data.row_types import Message, RowError
@@ -30,7 +33,7 @@ class Layout:
 
     Args:
         text: the rendered chat.
-        placed: the pieces, each once, in the order of the text.
+        placed: the pieces, each once, in the order of the text, which is that of the messages.
     """
 
     text: str
@@ -38,11 +41,34 @@ class Layout:
 
     def of(self, place: int) -> list[Placed]:
         """Return the pieces of one message."""
-        return [piece for piece in self.placed if piece.slot.place == place]
+        return self._by_place.get(place, [])
+
+    def within(self, start: int, end: int) -> list[Placed]:
+        """Return the pieces of which any part is in a range of the text."""
+        return self.placed[self.count_before(start) : bisect_left(self.placed, end, key=_start_of)]
+
+    def count_before(self, at: int) -> int:
+        """Return how many pieces end before a place in the text, or at it."""
+        return bisect_right(self.placed, at, key=_end_of)
 
     def start_after(self, place: int) -> int:
         """Return where the first piece of any later message starts; the end of the text if there is none."""
         return next((piece.start for piece in self.placed if piece.slot.place > place), len(self.text))
+
+    @cached_property
+    def _by_place(self) -> dict[int, list[Placed]]:
+        found: defaultdict[int, list[Placed]] = defaultdict(list)
+        for piece in self.placed:
+            found[piece.slot.place].append(piece)
+        return dict(found)
+
+
+def _start_of(piece: Placed) -> int:
+    return piece.start
+
+
+def _end_of(piece: Placed) -> int:
+    return piece.end
 
 
 def lay_out(messages: Sequence[Message], text: str, render: Render, marks: Sequence[str]) -> Layout:
@@ -131,8 +157,9 @@ def _checked(probe: Probe, pieces: Sequence[Placed], text: str) -> Layout:
         if id(slot) not in seen:
             does = "leaves out a part of" if slot.before.strip() or _has_siblings(probe, slot) else "does not write"
             raise _refusal(does, slot.place, slot.kind, probe.messages)
+    written = {piece.slot.place for piece in placed}
     for place, message in enumerate(probe.messages):
-        if message["content"] and not any(piece.slot.place == place for piece in placed) and _text_of(message).strip():
+        if message["content"] and place not in written and _text_of(message).strip():
             raise _refusal("does not write", place, CONTENT, probe.messages)
     return Layout(text, placed)
 
@@ -153,8 +180,8 @@ def _check_marks(layout: Layout, messages: Sequence[Message]) -> None:
         if behind is not None and (behind.slot.place, behind.slot.kind) == (slot.place, slot.kind):
             is_kept = _squeezed(layout.text[behind.end : piece.start]) == before
         else:
-            is_kept = not before or _squeezed(layout.text[: piece.start]).endswith(before)
-        if not is_kept or (after and not _squeezed(layout.text[piece.end :]).startswith(after)):
+            is_kept = _ends_with(layout.text, piece.start, before)
+        if not is_kept or not _begins_with(layout.text, piece.end, after):
             raise _refusal("changes", slot.place, slot.kind, messages)
         behind = piece
 
@@ -189,6 +216,22 @@ def _text_of(message: Message) -> str:
 
 def _squeezed(text: str) -> str:
     return SPACE.sub("", text)
+
+
+def _ends_with(text: str, end: int, squeezed: str) -> bool:
+    """Whether a text ends with another at a place, white space aside; no more of it is looked at than that takes."""
+    size = len(squeezed)
+    while len(found := _squeezed(text[max(0, end - size) : end])) < len(squeezed) and size < end:
+        size *= 2
+    return found.endswith(squeezed)
+
+
+def _begins_with(text: str, start: int, squeezed: str) -> bool:
+    """Whether a text begins with another at a place, white space aside."""
+    size = len(squeezed)
+    while len(found := _squeezed(text[start : start + size])) < len(squeezed) and start + size < len(text):
+        size *= 2
+    return found.startswith(squeezed)
 
 
 def _changed(messages: Sequence[Message], text: str) -> RowError:

@@ -8,7 +8,7 @@ text, once and in place. What cannot be proven is refused; transformers only war
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from os.path import commonprefix
@@ -83,10 +83,13 @@ class ChatTemplate:
         self._stop = "" if end in self._control else end
         self._plain = PlainChats(self._proven)
 
-    def render(self, chat: Chat) -> tuple[str, list[Span]]:
+    def render(self, chat: Chat, stop: Callable[[], None] = lambda: None) -> tuple[str, list[Span]]:
         """Return the text of a chat and the character ranges [start, end) that the model has to produce.
 
         There is one range per assistant turn in the loss (with markers, per marked block), in order, without overlap.
+
+        Args:
+            stop: called between renderings, of which a chat may need one per turn; may raise.
 
         Raises:
             RowError: the template refuses the chat, or it cannot be proven that exactly what the chat says is trained.
@@ -96,7 +99,7 @@ class ChatTemplate:
         if self._splits:
             raise SPLIT
         if (other := self._other(chat)) is not None:
-            return other.render(chat)
+            return other.render(chat, stop)
         chat = self._forms.followed(chat)
         messages = self._forms.messages(chat)
         texts = _plain_texts(chat, messages)
@@ -109,10 +112,10 @@ class ChatTemplate:
         if self._start and text.startswith(2 * self._start):
             raise RowError(f"the chat template writes the start token {self._start!r} twice", REMEDY)
         if texts is not None and not self._reads.weighs and not any(mark in said for mark in self._reads.marks):
-            spans = self._plain.targets(chat, texts, text)
+            spans = self._plain.targets(chat, texts, text, stop)
             if spans is not None:
                 return text, spans
-        return text, [(target.start, target.end) for target in self._targets(chat, messages, marked)]
+        return text, [(target.start, target.end) for target in self._targets(chat, messages, marked, stop)]
 
     def prompt(self, chat: Chat) -> str:
         """Return the text that asks the model for the next answer in a chat, exactly as before the answers in training.
@@ -155,17 +158,17 @@ class ChatTemplate:
         """Return the template for chats with tools, if the chat is one and the tokenizer has one; None for this one."""
         return self._of_tools if chat.tools else None
 
-    def _proven(self, chat: Chat) -> tuple[str, list[Target]]:
+    def _proven(self, chat: Chat, stop: Callable[[], None] = lambda: None) -> tuple[str, list[Target]]:
         assert self._renderer is not None
         messages = self._forms.messages(chat)
         marked = self._renderer.render(messages, chat.tools, chat.arguments)
-        return without_marks(marked), self._targets(chat, messages, marked)
+        return without_marks(marked), self._targets(chat, messages, marked, stop)
 
-    def _targets(self, chat: Chat, messages: Sequence[Message], marked: str) -> list[Target]:
+    def _targets(self, chat: Chat, messages: Sequence[Message], marked: str, stop: Callable[[], None]) -> list[Target]:
         """Return the proven targets of a chat from its messages in the template's form and their marked text."""
         assert self._renderer is not None
         text, spans = _split_marks(marked)
-        render = partial(_rendered, self._renderer, chat)
+        render = partial(_rendered, self._renderer, chat, stop=stop)
         layout = lay_out(messages, text, render, self._reads.marks)
         self._require_tools(chat, messages, text)
         _require_documents(chat, text)
@@ -242,7 +245,11 @@ def _plain_texts(chat: Chat, messages: Sequence[Message]) -> list[str] | None:
     return [message["content"] for message in messages] if is_plain else None
 
 
-def _rendered(renderer: Renderer, chat: Chat, messages: Sequence[Message], *, prompt: bool = False) -> str:
+def _rendered(
+    renderer: Renderer, chat: Chat, messages: Sequence[Message], *, prompt: bool = False,
+    stop: Callable[[], None] = lambda: None,
+) -> str:  # fmt: skip
+    stop()
     return without_marks(renderer.render(list(messages), chat.tools, chat.arguments, prompt=prompt))
 
 

@@ -193,11 +193,8 @@ class Turns:
 
     def _check(self, target: Target) -> None:
         """Refuse a target that contains what another message says, or an answer inside a thought."""
-        for piece in self._layout.placed:
-            if piece.slot.place != target.place and piece.start < target.end and piece.end > target.start:
-                raise RowError(
-                    f"the chat template writes more than the answer where message {target.place + 1} is", REMEDY
-                )
+        if any(piece.slot.place != target.place for piece in self._layout.within(target.start, target.end)):
+            raise RowError(f"the chat template writes more than the answer where message {target.place + 1} is", REMEDY)
         self._check_whole(target.place, target.start)
 
     def _check_whole(self, place: int, start: int) -> None:
@@ -214,8 +211,8 @@ class Turns:
     def _of_mark(self, span: Span) -> Target:
         """Return a marked range, cut right after the end token, as the target of its message."""
         start, end = span
-        inside = {piece.slot.place for piece in self._layout.placed if piece.start < end and piece.end > start}
-        place = inside.pop() if len(inside) == 1 else -1 if inside else self._owner(start, end)
+        inside = {piece.slot.place for piece in self._layout.within(start, end)}
+        place = inside.pop() if len(inside) == 1 else -1 if inside else self._owner(start)
         if place < 0 or self._messages[place]["role"] != "assistant":
             raise RowError("the chat template's {% generation %} markers enclose more than an answer", REMEDY)
         token = self._habits.ends.of(is_last=place + 1 == len(self._messages)) or self._habits.ends.last
@@ -226,13 +223,17 @@ class Turns:
             return Target(place, start, end + len(token))
         return Target(place, start, end)
 
-    def _owner(self, start: int, end: int) -> int:
-        """Return the index of the answer that a range without any of its text belongs to; -1 if there is none."""
-        for place, message in enumerate(self._messages):
-            before = max((piece.end for piece in self._layout.placed if piece.slot.place < place), default=0)
-            if message["role"] == "assistant" and before <= start and end <= self._layout.start_after(place):
-                return place
-        return -1
+    def _owner(self, start: int) -> int:
+        """Return the index of the answer that a range without any text of a message belongs to; -1 if there is none.
+
+        Args:
+            start: where the range begins.
+        """
+        placed, behind = self._layout.placed, self._layout.count_before(start)
+        first = placed[behind - 1].slot.place if behind else 0
+        last = placed[behind].slot.place if behind < len(placed) else len(self._messages) - 1
+        places = (place for place in range(first, last + 1) if self._messages[place]["role"] == "assistant")
+        return next(places, -1)
 
     def _has_end_token(self, place: int, own: Sequence[Target]) -> bool:
         last = max(piece.end for piece in self._layout.of(place))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import zstandard
 
@@ -27,15 +29,18 @@ PACKING = ".packing"
 """Ending of an original's name while it is compressed; not one of intake's temporary names, which others may remove."""
 
 
-def require_original(layout: RunLayout, row: FileRow) -> Path:
+def require_original(layout: RunLayout, row: FileRow, stop: Callable[[], None] = lambda: None) -> Path:
     """Return the archived original of a file, checked against its hash.
+
+    Args:
+        stop: called while it is read; may raise.
 
     Raises:
         DamagedState: it is missing or changed.
         OSError: the machine cannot read it now.
     """
     path = layout.kept(row.copy)
-    if look(path) is None or _digest(path, row) != row.sha256:
+    if look(path) is None or _digest(path, row, stop) != row.sha256:
         raise DamagedState(
             f"the archived original of {row.name} is missing or changed",
             where=path,
@@ -44,8 +49,12 @@ def require_original(layout: RunLayout, row: FileRow) -> Path:
     return path
 
 
-def compress_original(layout: RunLayout, ledger: Ledger, row: FileRow) -> None:
-    """Replace the archived original of a finished file with a compressed one that unpacks to the same bytes."""
+def compress_original(layout: RunLayout, ledger: Ledger, row: FileRow, stop: Callable[[], None] = lambda: None) -> None:
+    """Replace the archived original of a finished file with a compressed one that unpacks to the same bytes.
+
+    Args:
+        stop: called while it is read; if it raises, the original stays as it is.
+    """
     plain = layout.kept(row.copy)
     if plain.suffix not in TEXT or not plain.is_file() or ledger.sharing_copy(row.copy) > 1:
         return
@@ -53,10 +62,12 @@ def compress_original(layout: RunLayout, ledger: Ledger, row: FileRow) -> None:
     temporary = layout.archive / PACKING
     try:
         with plain.open("rb") as source, temporary.open("wb") as target:
-            zstandard.ZstdCompressor(level=9).copy_stream(source, target)
+            with zstandard.ZstdCompressor(level=9).stream_writer(target, closefd=False) as packer:
+                for chunk in _chunks(source, stop):
+                    packer.write(chunk)
             target.flush()
             os.fsync(target.fileno())
-        if _unpacked_digest(temporary) != row.sha256:
+        if _unpacked_digest(temporary, stop) != row.sha256:
             raise DamagedState(f"the archived original of {row.name} was changed", where=plain)
     except BaseException:  # what is left of it would take the room that training waits for
         temporary.unlink(missing_ok=True)
@@ -88,16 +99,22 @@ def _is_packed(path: Path, row: FileRow) -> bool:
     return path.suffix == PACKED and not row.name.endswith(PACKED)
 
 
-def _digest(path: Path, row: FileRow) -> str:
-    return _unpacked_digest(path) if _is_packed(path, row) else sha256_file(path)
+def _digest(path: Path, row: FileRow, stop: Callable[[], None]) -> str:
+    return _unpacked_digest(path, stop) if _is_packed(path, row) else sha256_file(path, stop)
 
 
-def _unpacked_digest(path: Path) -> str:
+def _unpacked_digest(path: Path, stop: Callable[[], None]) -> str:
     digest = hashlib.sha256()
     try:
         with path.open("rb") as stream, zstandard.ZstdDecompressor().stream_reader(stream) as reader:
-            while chunk := reader.read(CHUNK):
+            for chunk in _chunks(reader, stop):
                 digest.update(chunk)
     except zstandard.ZstdError:
         return ""
     return digest.hexdigest()
+
+
+def _chunks(stream: BinaryIO, stop: Callable[[], None]) -> Iterator[bytes]:
+    while chunk := stream.read(CHUNK):
+        stop()
+        yield chunk

@@ -135,7 +135,6 @@ class Arrivals:
         """
         together = len(rows) > MANY and not spending.is_bounded
         reserved = {one_name(Path(copy).name) for copy in self.ledger.arriving_copies()}
-        arrived: list[int] = []
         recorded: list[tuple[int, Values]] = []
         for row in rows:
             try:
@@ -149,12 +148,10 @@ class Arrivals:
                 self.refuse_announced(row, Refusal.of_file(row.name, error))
                 continue
             recorded.append((row.id, values))
-            arrived.append(row.id)
         if together:
             os.sync()
         with self.ledger.transaction():
-            for number, values in recorded:
-                self.ledger.set_file(number, **values)
+            arrived = [number for number, values in recorded if self.ledger.change_arriving(number, **values)]
         self.complete([self.ledger.file(number) for number in arrived])
         return [row for row in map(self.ledger.find, arrived) if row is not None and row.state == "arriving"]
 
@@ -162,7 +159,7 @@ class Arrivals:
         """Move a file that was not read from the inbox into `rejected/`."""
         assert row.inbox is not None
         if self._refuse(self.layout.dropped(row.inbox), refusal):
-            self.ledger.move_file(row.id, "rejected", note=refusal.lines()[0])
+            self.ledger.change_arriving(row.id, state="rejected", note=refusal.lines()[0])
         else:
             self.ledger.forget_arriving(row.id)
 
@@ -249,8 +246,8 @@ class Arrivals:
 
     def _let_go(self, row: FileRow, reason: str) -> None:
         with self.ledger.transaction():
-            self.ledger.move_file(row.id, "rejected", note=f"it {reason}")
-            self.ledger.add_event("warning", f"{row.name} {reason}", kind="rejected")
+            if self.ledger.change_arriving(row.id, state="rejected", note=f"it {reason}"):
+                self.ledger.add_event("warning", f"{row.name} {reason}", kind="rejected")
 
     def _refuse(self, path: Path, refusal: Refusal) -> bool:
         """Move a file of the inbox into `rejected/`; return False if it is stuck and stays."""

@@ -44,26 +44,29 @@ class RunTokenizer(RowTokenizer):
         is_too_large = embedding_rows is not None and self.largest_id >= embedding_rows
         self._embedding_rows = embedding_rows if is_too_large else None
 
-    def prepare(self, record: Record) -> RowText:
+    def prepare(self, record: Record, stop: Callable[[], None] = lambda: None) -> RowText:
         """Return the text of a row and which of its characters are targets.
+
+        Args:
+            stop: called again and again while a long chat is proven; may raise.
 
         Raises:
             RowError: the chat template refuses the row, or its targets cannot be proven. If another template is the
                 remedy, the error says whether the one that TRL ships for this model takes the row.
         """
         try:
-            return super().prepare(record)
+            return super().prepare(record, stop)
         except RowError as error:
-            if KEY not in error.remedy or not (hint := self._other_template(record)):
+            if KEY not in error.remedy or not (hint := self._other_template(record, stop)):
                 raise
             raise RowError(error.reason, f"{error.remedy}; {hint}") from None
 
-    def _other_template(self, record: Record) -> str:
+    def _other_template(self, record: Record, stop: Callable[[], None]) -> str:
         if self._twin is None:
             return self._without_twin
         name, tokenizer = self._twin
         try:
-            tokenizer.prepare(record)
+            tokenizer.prepare(record, stop)
         except RowError:
             return f"{name}, which TRL ships for training this model, does not either"
         return f"TRL ships a training template for this model: {KEY}: {name}"

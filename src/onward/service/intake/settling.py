@@ -53,8 +53,8 @@ class Settling:
         skipped: list[FileRow] = []
         with self.ledger.transaction():
             for row in rows:
-                if row.id not in checked and self._is_arriving(row):
-                    self.ledger.move_file(row.id, "rejected", note="already in the stream")
+                note = "already in the stream"
+                if row.id not in checked and self.ledger.change_arriving(row.id, state="rejected", note=note):
                     dropped.append(row)
             for row, report in reports:
                 if self._is_arriving(row):
@@ -80,8 +80,8 @@ class Settling:
                 keep_refused(self.layout, copy, refusal, self.ledger.clock(), move=True)
             note = "; ".join(refusal.lines()[:3]) if refusal else "another file of the same command was refused"
             with self.ledger.transaction():
-                self.ledger.move_file(row.id, "rejected", note=note)
-                if refusal:
+                was_arriving = self.ledger.change_arriving(row.id, state="rejected", note=note)
+                if was_arriving and refusal:
                     self.ledger.add_event("warning", f"rejected: {refusal.lines()[0]}", kind="rejected")
             if not refusal:
                 self._remove_copy(row)
@@ -89,8 +89,8 @@ class Settling:
     def withdraw(self, command: str) -> None:
         """Drop all files of a command that failed."""
         for row in self.ledger.arriving(command):
-            self.ledger.move_file(row.id, "rejected", note="the command was refused")
-            self._remove_copy(row)
+            if self.ledger.change_arriving(row.id, state="rejected", note="the command was refused"):
+                self._remove_copy(row)
 
     def _queue(self, row: FileRow, report: IntakeReport) -> None:
         occurrence = self.ledger.next_occurrence(row.sha256) if row.again else 0

@@ -81,7 +81,7 @@ def make_tokens(session: Session, row: FileRow, config: Config, made: Path, stop
         DamagedState: the archived original is not the file that was accepted.
         ConfigError: rows of the file are refused now.
     """
-    original = require_original(session.layout, row)
+    original = require_original(session.layout, row, stop)
     row_tokenizer = RowTokenizer(session.tokenizer_state, config.max_length, config.over_length)
     reading = Reading.of_accepted(config, row.bad_rows)
     try:

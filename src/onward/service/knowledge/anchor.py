@@ -15,9 +15,10 @@ from onward.atomic import remove_tree, replace_file
 from onward.config import Config
 from onward.data.tokenized import Row, TokenizedFile, TokenizedWriter, pack
 from onward.digest import sha256_json, xxh3_file
-from onward.errors import DamagedState
+from onward.errors import DamagedState, Unreadable
 from onward.layout import RunLayout
 from onward.service.session import Session
+from onward.stated import NO_SUCH_FILE
 from onward.store.ledger import Ledger
 from onward.training.measuring.scores import Meter
 from onward.training.steps.anchor import TOP, AnchorTerm, top_of
@@ -133,9 +134,12 @@ def _texts(folder: Path) -> tuple[str, TokenizedFile] | None:
 
 
 def _content(path: Path) -> tuple[str, bytes] | None:
-    if not path.is_file():
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        if error.errno not in NO_SUCH_FILE:
+            raise Unreadable.of(error, path) from None
         return None
-    content = path.read_bytes()
     return xxhash.xxh3_128_hexdigest(content), content
 
 

@@ -186,7 +186,8 @@ class Daemon:
     def _settle(self) -> Settled:
         """Repair what the previous process left; what was lost will be trained again."""
         retention = Retention.of(self.owned.settings.current)
-        settled = self._settled = Settlement(self.owned.layout, self.ledger, retention).settle()
+        settlement = Settlement(self.owned.layout, self.ledger, retention, self.wishes.check_for_end)
+        settled = self._settled = settlement.settle()
         for message in settled.messages():
             self._show(message)
         if settled.damage and settled.manifest is not None:
@@ -255,7 +256,8 @@ class Daemon:
         if isinstance(event, FileDone) and self.owned.settings.current.compress_archive:
             row = self.ledger.at_position(event.position)
             if row is not None:
-                compress_original(self.owned.layout, self.ledger, row)
+                with contextlib.suppress(Stopped):  # it stays as it is
+                    compress_original(self.owned.layout, self.ledger, row, self.wishes.check)
 
     def _between_steps(self) -> None:
         self.ledger.require_own_release()

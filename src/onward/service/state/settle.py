@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,17 @@ class Settled:
 
 
 class Settlement:
-    """Brings one run to its newest verifiable state."""
+    """Brings one run to its newest verifiable state.
 
-    def __init__(self, layout: RunLayout, ledger: Ledger, retention: Retention) -> None:
+    Args:
+        stop: called while checkpoints are read, which takes long if they are large; may raise, and then nothing is
+            changed that the next start does not finish.
+    """
+
+    def __init__(
+        self, layout: RunLayout, ledger: Ledger, retention: Retention, stop: Callable[[], None] = lambda: None
+    ) -> None:
+        self._stop = stop
         self.layout = layout
         self.ledger = ledger
         self.retention = retention
@@ -102,7 +110,7 @@ class Settlement:
         if step == TO_NOTHING:
             self.go_to(None)
             return
-        point = inspect_checkpoint(self.layout.boundary(step))
+        point = inspect_checkpoint(self.layout.boundary(step), stop=self._stop)
         if point.verified is not None:
             self.go_to(point.verified)
             return
@@ -116,7 +124,8 @@ class Settlement:
             DamagedState: none verifies; nothing was removed.
         """
         own = [*self._ownership.checkpoints(), *self._ownership.restore_points()]
-        if not any(inspect_checkpoint(folder).verified for folder in own if step_of(folder) < step):
+        older = (folder for folder in own if step_of(folder) < step)
+        if not any(inspect_checkpoint(folder, stop=self._stop).verified for folder in older):
             place = self.layout.boundary(step).relative_to(self.layout.root)
             raise self._nothing_left(step, [f"{place}/{problem}" for problem in problems])
         for folder in own:
@@ -160,7 +169,7 @@ class Settlement:
         for folder in sorted([*checkpoints, *self._ownership.restore_points()], key=step_of, reverse=True):
             if self.ledger.is_given_up(step_of(folder)):  # put back: the records of its steps are gone
                 continue
-            found = inspect_checkpoint(folder)
+            found = inspect_checkpoint(folder, stop=self._stop)
             place = folder.relative_to(self.layout.root)
             if found.verified is not None:
                 return Settled(folder, found.verified, damage)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import shutil
 import stat
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -247,13 +247,16 @@ class Inspection:
         return None if self.problems else self.manifest
 
 
-def inspect_checkpoint(folder: Path, left_out: Collection[str] = ()) -> Inspection:
+def inspect_checkpoint(
+    folder: Path, left_out: Collection[str] = (), stop: Callable[[], None] = lambda: None
+) -> Inspection:
     """Check a checkpoint's manifest and the hash of every file. Nothing is changed.
 
     Only what was read but differs, or is certainly missing, is a problem.
 
     Args:
         left_out: names of files that are not checked.
+        stop: called while files are read; may raise.
 
     Raises:
         Unreadable: something cannot be read now, or another release made the checkpoint, so nothing is known about it.
@@ -272,7 +275,7 @@ def inspect_checkpoint(folder: Path, left_out: Collection[str] = ()) -> Inspecti
         place = ".".join(str(part) for part in error.errors()[0]["loc"])
         raise _other_release(f"it was written by another release, whose manifest has another {place}", folder) from None
     looked_at = ((name, entry) for name, entry in manifest.files.items() if name not in left_out)
-    found = (_check_file(folder / name, entry) for name, entry in looked_at)
+    found = (_check_file(folder / name, entry, stop) for name, entry in looked_at)
     return Inspection(manifest, [problem for problem in found if problem])
 
 
@@ -287,14 +290,14 @@ def _other_release(what: str, folder: Path) -> Unreadable:
     return Unreadable(what, where=folder / MANIFEST, hint=NEWER_RELEASE)
 
 
-def _check_file(path: Path, entry: Mapping[str, Any]) -> str | None:
+def _check_file(path: Path, entry: Mapping[str, Any], stop: Callable[[], None]) -> str | None:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             return f"{path.name} is not a regular file"
         if status.st_size != entry["size"]:
             return f"{path.name} has {status.st_size} bytes instead of {entry['size']}"
-        return None if xxh3_file(path) == entry["xxh3"] else f"{path.name} was changed (its hash differs)"
+        return None if xxh3_file(path, stop) == entry["xxh3"] else f"{path.name} was changed (its hash differs)"
     except OSError as error:
         if error.errno in NO_SUCH_FILE:
             return f"{path.name} is missing"

@@ -53,6 +53,7 @@ class _Reader:
         self._columns = [self._metadata.schema.column(place) for place in range(self._metadata.num_columns)]
         self._bytes = source.size
         self._limits = limits
+        self._stop = source.stop
         self._unpacked = 0
         texts = [
             column.path
@@ -117,5 +118,8 @@ class _Reader:
         return stated, meta.rows
 
     def _batches(self, reader: Any, group: int, rows: int) -> Iterator[Any]:
+        self._stop()
         # one thread: two would share the position in the file
-        return reader.iter_batches(batch_size=rows, row_groups=[group], use_threads=False)
+        for batch in reader.iter_batches(batch_size=rows, row_groups=[group], use_threads=False):
+            yield batch
+            self._stop()
