@@ -142,7 +142,9 @@ def test_a_page_that_others_can_reach_says_so(tmp_path: Path) -> None:
     assert 0 == process.exitcode
 
 
-@pytest.mark.parametrize("token", [TOKEN[1:], f"{TOKEN} ", f"{TOKEN}\t", f"ü{TOKEN}", f"{TOKEN}\x7f", TOKEN])
+@pytest.mark.parametrize(
+    "token", [TOKEN[1:], f"{TOKEN} ", f"{TOKEN}\t", f"{TOKEN} x", f"ü{TOKEN}", f"{TOKEN}\x7f", TOKEN]
+)
 def test_a_token_that_no_header_can_carry_is_refused(
     token: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,6 +67,25 @@ def test_an_error_has_the_status_of_its_kind(error: type[OnwardError], status: i
     assert (status, one.to_dict()) == (answer.status_code, json.loads(bytes(answer.body)))
 
 
+@pytest.mark.parametrize("text", ["a\0b", "\ud800"])
+@pytest.mark.parametrize(("kind", "name"), [("rollback", "to"), ("skip", "file"), ("skip", "reason")])
+def test_what_is_no_text_is_refused(kind: str, name: str, text: str, tmp_path: Path) -> None:
+    """JSON has it, but neither a command line nor a ledger does: the key is blamed."""
+    layout = made_up_run(tmp_path / "run", [], float)
+    with pytest.raises(UsageError, match=f"{name} contains something that is not a character"):
+        control.rollback(layout, {name: text}) if kind == "rollback" else control.ask(layout, kind, {name: text})
+
+
+def test_an_error_that_nobody_foresaw_looks_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks gets JSON that says where to look, and nothing of the code."""
+    layout = made_up_run(tmp_path / "run", [], float)
+    monkeypatch.setattr(RunReader, "status", lambda _: 1 / 0)
+    with serve([layout.root]) as page:
+        answer = page.ask("GET", "/api/status", headers=page.bearer)
+    assert (500, "the page failed; its own output says why") == (answer.status, answer.json["error"])
+    assert {"error", "where", "hint"} == answer.json.keys()
+
+
 def test_a_machine_that_fails_is_said_to_be_busy() -> None:
     """It may be asked again, and what is shown can be printed; an error without words is called by its name."""
     failures = OSError(5, "Input/output error", "a\x1b[2J"), OSError()

@@ -334,6 +334,23 @@ def test_files_whose_names_begin_alike_can_be_told_apart_in_the_grid(tmp_path: P
         sync_api.expect(page.locator("#theme")).to_be_hidden()
 
 
+def test_a_long_name_leaves_room_for_what_is_said_of_it(tmp_path: Path, browser: Any) -> None:
+    """It is cut off after two lines: in the list of runs, whose columns all stay on the screen, and in the inbox."""
+    long = made_up_run(tmp_path / ("x" * 150), [("a.jsonl", 3)], float)
+    other = made_up_run(tmp_path / "other", [("a.jsonl", 3)], float)
+    (long.inbox / f"{'y' * 240}.jsonl").write_text("{}")
+    with serve([long.root, other.root]) as served:
+        page = browser.new_page()
+        page.set_viewport_size({"width": 800, "height": 900})
+        page.goto(f"{served.origin}/?token={served.key.token}")
+        sync_api.expect(page.locator("#runs tr")).to_have_count(2)
+        assert page.locator(".scroll").evaluate("list => list.scrollWidth <= list.clientWidth")
+        page.click("#runs a >> nth=0")
+        sync_api.expect(page.locator("#waiting li")).to_have_count(1)
+        two_lines = "name => name.clientHeight <= 2 * parseFloat(getComputedStyle(name).lineHeight) + 1"
+        assert page.locator("#waiting .grow").evaluate(two_lines)
+
+
 def test_without_scripts_the_page_says_what_it_needs(tmp_path: Path, browser: Any) -> None:
     """A browser that runs no JavaScript shows why nothing happens, with the commands that tell the same."""
     layout = made_up_run(tmp_path / "run", [("a.jsonl", 3)], float)

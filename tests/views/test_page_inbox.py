@@ -64,6 +64,13 @@ def test_a_name_that_cannot_be_printed_is_said_to_be_that(page: Page, made: RunL
     assert [] == files_in(made)
 
 
+def test_a_part_of_a_file_is_refused(page: Page, made: RunLayout) -> None:
+    """Whoever goes on with an upload, as `curl -C 100 -T`, sends the rest of a file: it is never trained as a file."""
+    answer = page.put("/api/inbox/rest.jsonl", b'{"text": "x"}\n', **{"Content-Range": "bytes 100-113/114"})
+    assert (400, "a part of a file cannot be sent") == (answer.status, answer.json["error"])
+    assert [] == files_in(made)
+
+
 def test_a_file_that_does_not_fit_is_refused_before_it_is_sent(page: Page, made: RunLayout) -> None:
     """A size above the free disk is refused at once: nothing of 10 TB is read."""
     head = f"PUT /api/inbox/large.jsonl HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {page.key.token}\r\n"

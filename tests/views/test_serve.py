@@ -20,6 +20,7 @@ import pytest
 import tiny
 from addresses import NEEDS_IPV6
 from commands import assert_refused, onward
+from daemons import until
 from documented import DOCS, blocks_for, prepare
 from faults import copy_run
 from processes import start_command
@@ -162,6 +163,7 @@ def test_answers_by_plain_http(url: str, engine: Engine) -> None:
         ({"messages": QUESTION, "logprobs": True}, "logprobs is not supported"),
         ({"messages": QUESTION, "stop": 5}, "stop must be"),
         ({"messages": QUESTION, "min_p": 0.1}, "min_p is not known here"),
+        ({"messages": QUESTION, "\ud800": 1}, "\\ud800 is not known here"),
         ({"messages": QUESTION, "tools": [{"function": {"name": "f"}}]}, "does not write the tools"),
         ({"messages": QUESTION, "tools": ["f"]}, "tools must be objects"),
         ({"messages": [*QUESTION, calling([{"name": "f"}])]}, "does not write the tool call of message 2"),
@@ -211,10 +213,18 @@ class Recorded(Engine):
 
     def __init__(self, loaded: Loaded) -> None:
         super().__init__(loaded)
+        self.replies: queue.SimpleQueue[Reply] = queue.SimpleQueue()
         self.outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+
+    def keep_busy(self) -> threading.Event:
+        """Let all answers wait for the event that is returned, as behind a long one."""
+        over = threading.Event()
+        self._thread.submit(over.wait)
+        return over
 
     def reply(self, *arguments: Any, **named: Any) -> Reply:
         reply = super().reply(*arguments, **named)
+        self.replies.put(reply)
         put = reply.put
 
         def recorded(item: Any) -> None:
@@ -234,6 +244,21 @@ def test_a_client_that_goes_away_ends_its_whole_answer(stream: Path) -> None:
         with pytest.raises(TimeoutError), urllib.request.urlopen(f"{url}/chat/completions", body, timeout=0.2):
             pass
         assert "cancelled" == engine.outcomes.get(timeout=60).finish
+
+
+def test_a_client_that_goes_away_before_its_turn_is_not_answered(stream: Path) -> None:
+    """Whoever leaves while others are answered takes no time of those behind, whether it asked for a stream or not."""
+    layout = RunLayout(stream)
+    with hold(layout) as point, Recorded(load(layout, point)) as engine, served(engine) as url:
+        others_are_answered = engine.keep_busy()
+        body = json.dumps({"messages": QUESTION, "temperature": 0, "max_tokens": 900, "stream": True}).encode()
+        with urllib.request.urlopen(f"{url}/chat/completions", body) as answer:
+            answer.readline()
+        reply = engine.replies.get()
+        until(lambda: reply.is_cancelled)
+        others_are_answered.set()
+        outcome = engine.outcomes.get(timeout=60)
+    assert ("cancelled", 0) == (outcome.finish, outcome.tokens)
 
 
 @pytest.mark.parametrize(
@@ -327,3 +352,10 @@ def test_what_cannot_be_served_is_refused(stream: Path) -> None:
         assert_refused(onward("serve", "--port", port, "--run", stream), 2, "cannot listen there", "--port 0")
     assert_refused(onward("serve", "--host", "0.0.0.0", "--run", stream), 2, "ONWARD_API_KEY")
     assert_refused(onward("serve", "--at", "1", "--follow", "--run", stream), 2, "Leave one out")
+
+
+@pytest.mark.parametrize("key", ["secret\n", " secret", "schlüssel", "\udcff"])
+def test_a_key_that_no_client_could_send_is_refused(key: str, stream: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line end that came along with a secret would shut out every client; the variable is named."""
+    monkeypatch.setenv("ONWARD_API_KEY", key)
+    assert_refused(onward("serve", "--port", 0, "--run", stream), 2, "ONWARD_API_KEY", "openssl rand")

@@ -86,9 +86,9 @@ def serve(
         hint = "pip install 'onward[serve]'"
         raise UsageError("serving needs starlette and uvicorn", where="serve", hint=hint)
     with startup.large_imports():
-        from onward.views.serve.server import Served
+        from onward.views.serve.server import KEY, Served
         from onward.views.serve.server import serve as answer
-    served = Served(host, port, os.environ.get("ONWARD_API_KEY") or None, at, follow)
+    served = Served(host, port, os.environ.get(KEY) or None, at, follow)
     answer(layout, served, said=say, give_way=give_way, ready=_ready)
 
 

@@ -67,6 +67,12 @@ async def machine_error(_: Request, error: Exception) -> Response:
     return refusal(503, printable(str(error) or type(error).__name__), hint)
 
 
+async def unforeseen(_: Request, error: Exception) -> Response:
+    """Answer if Onward itself is wrong; the server prints where."""
+    del error
+    return refusal(500, "the page failed; its own output says why", "What was committed is safe.")
+
+
 def number(request: Request, name: str, *, least: int = 0, most: int = 2**62) -> int | None:
     """Return a number from the query; None if it is absent.
 

@@ -20,7 +20,7 @@ from starlette.staticfiles import StaticFiles
 
 from onward.errors import OnwardError
 from onward.views.page.access import Key
-from onward.views.page.answers import gone, http_error, json_answer, knowing, machine_error, onward_error
+from onward.views.page.answers import gone, http_error, json_answer, knowing, machine_error, onward_error, unforeseen
 from onward.views.page.middleware import RequireAccess
 from onward.views.page.pages import STATIC, list_page
 from onward.views.page.prometheus import CONTENT_TYPE, exposition
@@ -70,6 +70,7 @@ def make_app(runs: Sequence[NamedRun], settings: PageSettings) -> Starlette:
         ClientDisconnect: gone,
         sqlite3.Error: machine_error,
         OSError: machine_error,
+        Exception: unforeseen,
     }
     middleware = [Middleware(ReadToEnd), access]
     app = Starlette(routes=paths, middleware=middleware, exception_handlers=errors, lifespan=_lifespan(routes))

@@ -10,7 +10,7 @@ from typing import Any
 
 from onward.errors import OnwardError, RunLocked, UsageError, VerificationFailed
 from onward.layout import RunLayout
-from onward.text import duration, quoted
+from onward.text import duration, quoted, storable
 
 PATIENCE = 30.0
 """Seconds that a browser waits for the owner's answer; the request stays open after that."""
@@ -109,4 +109,6 @@ def _text(wanted: Mapping[str, Any], name: str) -> str | None:
     value = wanted.get(name)
     if value is not None and not isinstance(value, str):
         raise UsageError(f"{name} must be a string", where=name)
+    if value is not None and ("\0" in value or value != storable(value)):  # no command line and no ledger holds them
+        raise UsageError(f"{name} contains something that is not a character", where=name)
     return value

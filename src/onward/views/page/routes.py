@@ -135,8 +135,10 @@ class RunRoutes:
         return json_answer(await self._read(page))
 
     async def upload(self, request: Request) -> Response:
-        """Receive a file into the inbox."""
+        """Receive a whole file into the inbox."""
         name = require_name(request.path_params["name"])
+        if "content-range" in request.headers:  # as curl sends it to go on with an upload: the rest is no file
+            raise UsageError("a part of a file cannot be sent", where="Content-Range", hint="Send the whole file.")
         length = request.headers.get("content-length", "")
         size = int(length) if length.isascii() and length.isdecimal() else None
         reserve = await self._read(lambda: disk_reserve(self.reader))

@@ -19,7 +19,7 @@ from onward.views.page.runs import find_runs
 from onward.views.page.upload import remove_dead_parts
 from onward.views.web.connections import Server
 from onward.views.web.listening import listen, others_can_reach, url_of
-from onward.views.web.origin import Hosts
+from onward.views.web.origin import Hosts, fits_header
 
 NICENESS = 5
 """The niceness of the page: training goes first if both want a core."""
@@ -98,7 +98,7 @@ def server_config(app: Starlette) -> uvicorn.Config:
 
 def _key() -> Key:
     token = os.environ.get(TOKEN) or None
-    if token is not None and (len(token) < SHORTEST or not token.isascii() or not token.isprintable() or " " in token):
+    if token is not None and (len(token) < SHORTEST or not fits_header(token) or " " in token):
         raise UsageError(
             f"the token is too short or has characters that no header allows ({SHORTEST} at least)", where=TOKEN,
             hint=f"export {TOKEN}=$(openssl rand -hex 32)",

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from onward.text import storable
 from onward.views.chat.engine import Outcome
 
 DONE = "data: [DONE]\n\n"
@@ -20,8 +21,9 @@ def event(values: dict[str, Any]) -> str:
 
 
 def failure(message: str, *, kind: str = "invalid_request_error", param: str | None = None) -> dict[str, Any]:
-    """Return an error in the form that clients expect."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": None}}
+    """Return an error in the form that clients expect; a request's own words in it may be no characters at all."""
+    param = None if param is None else storable(param)
+    return {"error": {"message": storable(message), "type": kind, "param": param, "code": None}}
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive
 
 from onward.errors import OnwardError, UsageError
 from onward.views.chat.engine import Engine, Reply
@@ -119,7 +120,7 @@ class Service:
         reply = await run_in_threadpool(self._begin, asked)
         shape = Shape(is_chat, self.model)
         if asked.stream:
-            return StreamingResponse(_events(reply, shape, asked), media_type="text/event-stream")
+            return _Streamed(reply, _events(reply, shape, asked))
         leaving = asyncio.create_task(_cancel_when_left(request, reply))
         try:
             return JSONResponse(shape.whole(await run_in_threadpool(lambda: reply.outcome)))
@@ -136,6 +137,19 @@ class Service:
             return self.engine.reply(asked.messages, asked.sampling, stops=asked.stops, tools=asked.tools)
         except UsageError as error:
             raise BadRequest(error.what, "prompt" if asked.messages is None else "messages") from None
+
+
+class _Streamed(StreamingResponse):
+    """An answer that is sent piece by piece, and given up when its client goes away, even before its turn has come."""
+
+    def __init__(self, reply: Reply, events: AsyncGenerator[str]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._reply = reply
+
+    async def listen_for_disconnect(self, receive: Receive) -> None:
+        """Cancel the answer when its client is gone: the thread that waits for its next piece cannot be interrupted."""
+        await super().listen_for_disconnect(receive)
+        self._reply.cancel()
 
 
 async def _body(request: Request) -> Any:

@@ -15,14 +15,17 @@ from starlette.applications import Starlette
 from onward.errors import OnwardError, Unreadable, UsageError
 from onward.layout import RunLayout
 from onward.service.holder import is_held
+from onward.text import storable
 from onward.views.chat.engine import Engine
 from onward.views.loaded import load
 from onward.views.points import hold, state_mark
 from onward.views.serve.app import Service
 from onward.views.web.connections import Server
 from onward.views.web.listening import listen, others_can_reach, url_of
-from onward.views.web.origin import Hosts
+from onward.views.web.origin import Hosts, fits_header
 
+KEY = "ONWARD_API_KEY"
+"""The variable with the key that clients must send."""
 LOOK_SECONDS = 1.0
 """Seconds between two checks for a newer commit."""
 GRACE = 10
@@ -71,7 +74,8 @@ def serve(
         mark = state_mark(layout) if served.follow else None
         with hold(layout, served.at) as point, Engine(load(layout, point)) as engine:
             said(f"{engine.loaded.label} answers")
-            app = Service(engine, layout.root.absolute().name, key, hosts_of(host, listening)).app()
+            name = storable(layout.root.absolute().name)
+            app = Service(engine, name, key, hosts_of(host, listening)).app()
             server = _Announcing(_config(app), lambda: ready(url))
             following = Following(layout, engine, mark, said, give_way) if served.follow else contextlib.nullcontext()
             with following, contextlib.suppress(KeyboardInterrupt):  # this is how it is ended
@@ -85,13 +89,16 @@ def _config(app: Starlette) -> uvicorn.Config:
 
 
 def _require_key(key: str | None, listening: socket.socket) -> None:
-    """Refuse to answer other machines without a key.
+    """Refuse to answer other machines without a key, and a key that no client could send.
 
     Raises:
-        UsageError: they could reach the server, and there is none.
+        UsageError: they could reach the server, and there is none; or it does not fit into a header.
     """
+    if key is not None and not fits_header(key):
+        what = "no client could send this key: it has characters that no header carries, or a blank at an end"
+        raise UsageError(what, where=KEY, hint=f"export {KEY}=$(openssl rand -hex 32)")
     if key is None and others_can_reach(listening):
-        hint = "Set ONWARD_API_KEY; clients then send it as their API key."
+        hint = f"Set {KEY}; clients then send it as their API key."
         raise UsageError("other machines could reach the model, and no key is set", where="--host", hint=hint)
 
 

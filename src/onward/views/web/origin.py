@@ -47,6 +47,11 @@ def bearer(headers: Headers) -> str:
     return token.strip() if scheme.lower() == "bearer" else ""
 
 
+def fits_header(token: str) -> bool:
+    """Return whether `Authorization: Bearer TOKEN` can carry a token as it is: plain ASCII, no blank at an end."""
+    return token.isascii() and token.isprintable() and token == token.strip()
+
+
 def is_foreign(headers: Headers) -> bool:
     """Return whether a browser says that another site made a request. Programs other than browsers say nothing."""
     origin = headers.get("origin")

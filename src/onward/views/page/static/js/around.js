@@ -26,7 +26,7 @@ function showWaiting(queue, inbox) {
     ...queue.map((file) => [file.name, file.state === "queued" ? counted(file.rows, "row") : "being checked"]),
     ...arrived.map((file) => [file.name, file.whole ? `in the inbox, ${size(file.bytes)}` : `arriving, ${size(file.bytes)}`]),
   ];
-  const shown = items.slice(0, FEW).map(([name, what]) => make("li", {}, make("span", { class: "grow" }, named(name)), make("span", { class: "dim" }, what)));
+  const shown = items.slice(0, FEW).map(([name, what]) => make("li", {}, make("span", { class: "grow clamp", title: name }, named(name)), make("span", { class: "dim" }, what)));
   if (items.length > FEW) shown.push(make("li", { class: "dim" }, `and ${count(items.length - FEW)} more`));
   if (!items.length) shown.push(make("li", { class: "empty" }, "Nothing waits."));
   byId("waiting").replaceChildren(...shown);

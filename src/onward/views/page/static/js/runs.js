@@ -6,9 +6,9 @@ import { startTheme } from "./theme.js";
 const SECONDS = 3;
 
 function row(run) {
-  const link = make("a", { href: `runs/${encodeURIComponent(run.name)}/` }, run.title);
+  const link = make("a", { class: "name", href: `runs/${encodeURIComponent(run.name)}/`, title: run.title }, run.title);
   const values = run.status;
-  const name = make("th", { role: "rowheader", scope: "row" }, link);
+  const name = make("th", { class: "name-cell", role: "rowheader", scope: "row" }, link);
   if (values === null) return make("tr", { role: "row" }, name, make("td", { role: "cell", colspan: 6, class: "note error-text" }, run.error));
   const place = values.file === null ? null : `${named(values.file)} (${count(values.file_step)} of ${count(values.file_steps)})`;
   const commit = values.checkpoint === null ? "–" : count(Number(values.checkpoint.replace("checkpoint-", "")));
