@@ -17,7 +17,7 @@ from onward.data.tokenized import Row, TokenizedFile
 from onward.errors import ConfigError, DamagedState
 from onward.hooks.answers import LOOKS, judged
 from onward.hooks.evaluation import Anchor, Measuring, Sample, Subject, allowance, in_rotation
-from onward.service.knowledge.account import Account
+from onward.service.knowledge.account import Account, Measured
 from onward.service.knowledge.anchor import anchor_rows, anchor_term
 from onward.service.knowledge.samples import Samples
 from onward.service.knowledge.table import BEFORE, GRID
@@ -76,6 +76,13 @@ class Evaluation:
     def is_possible(self) -> bool:
         """Whether this process can run the model by itself."""
         return not self._session.in_shards
+
+    @property
+    def anchor_at_start(self) -> Measured | None:
+        """The KL divergence from the base before the first file: zero, or None if the run began from another state."""
+        config = self._session.config
+        is_base = not config.adapter or not adapter_off_is_base(config)
+        return Measured(0, 0.0) if is_base and not self._ledger.get("origin_step", 0) else None
 
     def at_boundary(self, boundary: Boundary) -> dict[str, Any]:
         """Measure at a boundary; an `AtBoundary` hook."""
