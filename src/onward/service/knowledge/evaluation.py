@@ -222,9 +222,13 @@ class Evaluation:
         return Meter(model.requires_grad_(False), self._compute(config), self.writers)
 
     def _measure_anchor(self, now: _Now) -> None:
-        anchor = now.config.anchor
+        anchor, limit = now.config.anchor, self._session.capacity.learned_positions
         if not anchor.rows or not now.measuring.texts_that_fit(anchor.rows, anchor.tokens):
             return  # then they need not be written yet either
+        if limit is not None and anchor.tokens > limit:
+            why = f"anchor.tokens is {anchor.tokens}, the model has learned {limit} positions"
+            self._ledger.add_event("warning", f"the anchor was not measured here: {why}", now.step)
+            return
         texts = anchor_rows(self._session, now.config, now.measuring.base)
         now.measuring.divergence(Anchor(texts, fold(now.config.seed, "anchor", now.step) % len(texts)))
 
