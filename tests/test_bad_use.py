@@ -21,7 +21,9 @@ from onward import Run
 from onward.cli import entry
 from onward.config.text import read_config
 from onward.errors import UsageError
+from onward.layout import RunLayout
 from onward.service.lock import RunLock
+from onward.status import read_grid
 
 
 @pytest.mark.parametrize(
@@ -179,7 +181,11 @@ def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_length_that_the_model_has_not_learned_is_refused_by_init(tmp_path: Path) -> None:
-    """`init` names the key and the way out, makes nothing, and with that way makes the run."""
+    """`init` names the key and the way out, makes nothing, and with that way makes the run.
+
+    Texts of the anchor that are too long are refused if they are trained on; if they are only measured, their column
+    is blank, and no other.
+    """
     tokenizer = tiny.byte_tokenizer()
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64)
     for part in (GPT2LMHeadModel(config), tokenizer):
@@ -188,7 +194,16 @@ def test_a_length_that_the_model_has_not_learned_is_refused_by_init(tmp_path: Pa
     refusal = onward(*words)
     assert_refused(refusal, 2, "max_length is 1024, the model has learned 64 positions", "--set max_length=64")
     assert not (tmp_path / "new").exists()
-    assert 0 == onward(*words, "--set", "max_length=64").status
+    words += ["--set", "max_length=64"]
+    refusal = onward(*words, "--set", "anchor.weight=0.1")
+    assert_refused(refusal, 2, "anchor.tokens is 128, the model has learned 64 positions", "--set anchor.tokens=64")
+    assert not (tmp_path / "new").exists()
+    assert 0 == onward(*words).status
+    rows = tiny.write_jsonl(tmp_path / "a.jsonl", [{"text": f"row {number}"} for number in range(4)])
+    assert 0 == onward("train", rows, "--run", tmp_path / "new").status
+    grid = read_grid(RunLayout(tmp_path / "new"))
+    assert [None, None] == grid["anchor"]
+    assert [True, True] == [loss is not None for (loss,) in grid["loss"]]
 
 
 def test_what_stands_in_a_directory_is_not_made_over(run: Path, model: Path, tmp_path: Path) -> None:

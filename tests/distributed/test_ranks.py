@@ -20,6 +20,7 @@ from states import assert_same_state
 
 from onward import Run
 from onward.ranks import LOST
+from onward.service.holder import is_held
 
 SETTINGS: dict[str, Any] = {
     "evaluation": {"share": 0},
@@ -115,6 +116,25 @@ def test_a_killed_rank_ends_all(lost: int, made: Run, files: list[Path], alone: 
     assert f"rank {lost} (pid {ranks.processes[lost].pid} on " in ranks.log(1 - lost).read_text()
     assert 0 == train(root)
     assert_same_state(alone, root)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["paused", "idle"])
+def test_a_rank_that_is_lost_while_nothing_is_trained_ends_all(where: str, made: Run, files: list[Path]) -> None:
+    """Rank 0 waits for an operator or for a file, and not for the ranks: it misses one all the same."""
+    root = made.layout.root
+    log = root.parent / "log"
+    configure(made, rank_timeout=10)
+    words = ["train", *files] if where == "paused" else ["watch"]
+    with Ranks(log, 2, *words, "--run", root, prepare={0: hold(made, 3)}) as ranks:
+        if where == "paused":
+            until(is_in(made, files[0].name), ranks.processes[0])
+            made.pause()
+            hold(made).let_go.touch()
+        until(lambda: is_held(made.layout.lock) and made.status()["state"] == where, ranks.processes[0])
+        ranks.send(1, signal.SIGKILL)
+        assert [1, -signal.SIGKILL] == ranks.join(), log.read_text()
+    assert f"rank 1 (pid {ranks.processes[1].pid} on " in log.read_text()
 
 
 @pytest.mark.slow

@@ -81,6 +81,19 @@ def test_the_distance_from_the_base_is_judged_by_its_growth() -> None:
     assert [] == list(moved_away(0.1, None, limits))
 
 
+def test_growth_over_several_files_is_held_against_as_many_limits() -> None:
+    """What was last measured some files ago may have grown in each of them: none of them need have passed the limit."""
+    limits = Limits(forgetting=0.25, anchor=0.25)
+    assert [] == [*grown({1: 2.0}, {1: 3.5}, limits, files={1: 3}), *moved_away(0.5, 1.25, limits, 3)]
+    texts = [
+        found.text for found in (*grown({1: 2.0}, {1: 4.0}, limits, files={1: 3}), *moved_away(0.5, 1.5, limits, 3))
+    ]
+    assert [
+        "loss on file 1 grew by 100% over 3 files, from 2.0000 to 4.0000 (limit 25% for each)",
+        "KL from the base grew by 1.000 nats per token over 3 files, to 1.500 (limit 0.25 for each)",
+    ] == texts
+
+
 def test_a_limit_is_the_most_that_is_allowed() -> None:
     """What reaches a limit just so is within it; a loss that was measured as nothing is not judged."""
     limits = Limits(forgetting=0.5, anchor=0.5, answers=2.0)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ledgers import made_up_run
 
-from onward.service.knowledge.account import Account
+from onward.service.knowledge.account import Account, Measured
 from onward.service.knowledge.table import Table, read_table
 from onward.store.ledger import Ledger
 
@@ -57,11 +57,11 @@ def trained(ledger: Ledger, place: int) -> int:
     return sum(ledger.tokens_of(row.id) for row in ledger.files("training", "done")[:place])
 
 
-def from_table(table: Table, key: str, rows: list[int], since: int) -> float | None:
+def from_table(table: Table, key: str, rows: list[int], since: int) -> Measured | None:
     """Look a loss up in the whole table."""
     placed = zip(table.after, table.scores, strict=True)
-    seen = [row[key] for after, row in placed if after >= since and key in row]
-    return next((score["loss"] for score in reversed(seen) if score["rows"] == rows), None)
+    seen = [(after, row[key]) for after, row in placed if after >= since and key in row]
+    return next((Measured(after, score["loss"]) for after, score in reversed(seen) if score["rows"] == rows), None)
 
 
 def test_an_account_is_what_the_whole_table_says(tmp_path: Path) -> None:
@@ -77,7 +77,8 @@ def test_an_account_is_what_the_whole_table_says(tmp_path: Path) -> None:
                             assert from_table(table, key, rows, since) == account.newest_loss(
                                 key, {"rows": rows, "tokens": 3}, since
                             )
-                known = [value for value in table.anchor[1:] if value is not None]
+                placed = zip(table.after[1:], table.anchor[1:], strict=True)
+                known = [Measured(after, value) for after, value in placed if value is not None]
                 assert (known[-1] if known else None) == account.anchor
                 assert list(dict.fromkeys(CONTENTS[:place])) == list(account.contents)
                 assert (5 * place + 2 * (place - 1), trained(ledger, place)) == (account.cost, account.tokens)

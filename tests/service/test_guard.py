@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import tiny
 from commands import onward
+from daemons import configure
+from runs import new_run
 from states import assert_same_state
 
 from onward import Run
@@ -182,6 +184,45 @@ def test_a_warning_changes_no_bit(run: Run, begun: Run, files: dict[str, Path], 
     twin.train(files["bad"])
     assert_same_state(twin.layout.root, run.layout.root)
     assert any("loss on file 1 grew" in str(getattr(event, "message", "")) for event in told)
+
+
+UNMEASURED: dict[str, Any] = {**SETTINGS, "evaluation": {"share": 0}, "anchor": {"rows": 4, "tokens": 8}}
+TINY_STEPS: dict[str, Any] = {"learning_rate": 1e-6, "evaluation": {"share": 0.5}, "anchor": {"rows": 4, "tokens": 8}}
+
+
+def distance(run: Run) -> float:
+    """The KL divergence of a run's state from its base."""
+    return float(onward("evaluate", "--run", run.layout.root, "--json").json["anchor"])
+
+
+def strict_anchor(limit: float) -> dict[str, Any]:
+    """A guard that only judges how far the model moves away from its base."""
+    return {"action": "reject", "anchor": limit, "forgetting": 0, "spike": 0, "answers": 0}
+
+
+def test_a_file_is_not_blamed_for_how_far_the_run_moved_before_it(
+    model: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    """A file that moves the model by next to nothing is trained, however far the model is from its base.
+
+    That is so in a run that is measured from its third file on, and in one that begins from an adapter.
+    """
+    run = new_run(tmp_path / "run", model, **UNMEASURED)
+    run.train(files["a"], files["b"])
+    moved = distance(run)
+    configure(run, guard=strict_anchor(0.9 * moved), **TINY_STEPS)
+    more = [tiny.write_jsonl(tmp_path / f"{rows}.jsonl", tiny.chat_rows(rows, seed=rows)) for rows in (5, 6)]
+    assert ["done", "done"] == [entry["state"] for entry in run.train(*more)]
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for path in run.layout.current.glob("adapter_*"):
+        shutil.copy(path, adapter)
+    begun_with: dict[str, Any] = {**TINY_STEPS, "adapter": str(adapter), "guard": strict_anchor(0.9 * moved)}
+    begun = Run.create(tmp_path / "begun", str(model), max_length=128, **begun_with)
+    assert ["done"] == [entry["state"] for entry in begun.train(more[0])]
+    settings: dict[str, Any] = {**UNMEASURED, "evaluation": {"share": 0.5}, "guard": strict_anchor(1e-9)}
+    with pytest.raises(FileRejected, match="KL from the base grew by"):
+        new_run(tmp_path / "first", model, **settings).train(files["b"])
 
 
 def leaving(path: Path, config: Config) -> Path:

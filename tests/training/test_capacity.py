@@ -30,8 +30,9 @@ from transformers import (
     RobertaForCausalLM,
 )
 
+from onward.config import Config
 from onward.errors import ConfigError, ModelError, Unreadable
-from onward.training.model.capacity import Capacity, read_capacity, require_embedded, require_fits
+from onward.training.model.capacity import Capacity, read_capacity, require_embedded, require_fits, require_positions
 
 ROWS, LEARNED = 37, 12
 SHAPE: dict[str, Any] = {
@@ -88,6 +89,11 @@ def test_what_does_not_fit_is_refused_with_the_way_out(tmp_path: Path) -> None:
         require_fits(capacity, largest_token_id=ROWS)
     with pytest.raises(ConfigError, match=rf"{LEARNED + 1}, .* {LEARNED} positions[\s\S]*--set max_length"):
         require_fits(capacity, max_length=LEARNED + 1)
+    texts = {"rows": 2, "tokens": LEARNED + 1, "weight": 0.1}
+    for anchor in ({**texts, "tokens": LEARNED}, {**texts, "weight": 0}, {**texts, "rows": 0}):
+        require_positions(capacity, Config.model_validate({"max_length": LEARNED, "anchor": anchor}))
+    with pytest.raises(ConfigError, match=rf"{LEARNED + 1}, .* {LEARNED} positions[\s\S]*--set anchor.tokens"):
+        require_positions(capacity, Config.model_validate({"max_length": LEARNED, "anchor": texts}))
 
 
 def test_the_token_that_pads_is_one_that_the_model_has(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from daemons import configure
 from runs import new_run
 
 from onward import Run
-from onward.errors import ConfigError, UsageError
+from onward.errors import ConfigError, TrainingError, UsageError
 from onward.service.wishes import Stopped, Wishes
 from onward.views.compare import (
     FIGURES,
@@ -169,6 +170,22 @@ def test_a_trial_is_what_the_run_would_be_under_those_settings(
     configure(twin, learning_rate=0.01, epochs=2)
     twin.train(*files[2:])
     assert figures_of(measured(twin.layout)) == other[0].figures
+
+
+def test_a_setting_that_the_guard_would_not_let_pass_is_compared_all_the_same(trained: Run, tmp_path: Path) -> None:
+    """No file is taken back under one setting alone; what cannot be trained at all is named with its setting."""
+    run = Run(shutil.copytree(trained.layout.root, tmp_path / "run"))
+    limits = {"action": "reject", "anchor": 1e-9, "forgetting": 1e-9, "spike": 0, "answers": 0}
+    configure(run, guard=limits)
+    texts = ["learning_rate=0.05", "learning_rate=0.1"]
+    compared = [trials(1).compare(each.layout, parse_variants(texts)).to_dict() for each in (trained, run)]
+    assert compared[0] == compared[1]
+    with pytest.raises(TrainingError, match="is not finite") as refused:
+        trials(1).compare(run.layout, parse_variants(["learning_rate=1e30", "learning_rate=0.05"]))
+    assert ("learning_rate=1e30", "Leave this setting out; the run is unchanged.") == (
+        refused.value.where,
+        refused.value.hint,
+    )
 
 
 def test_a_stop_ends_the_comparison_with_the_training_in_which_it_came(trained: Run) -> None:

@@ -35,8 +35,8 @@ class Limits:
     """What a file may do; None for a limit that is off.
 
     Args:
-        forgetting: the share by which the loss on the rows of any earlier file may grow.
-        anchor: how much the KL divergence from the base may grow, in nats per token.
+        forgetting: the share by which the loss on the rows of any earlier file may grow, for each file trained.
+        anchor: how much the KL divergence from the base may grow, in nats per token, for each file trained.
         spike: the robust z-score that neither loss nor gradient norm may exceed for several steps in a row.
         answers: how many standard errors better answers must fit their own questions than others.
     """
@@ -56,7 +56,11 @@ class Finding:
 
 
 def grown(
-    before: Mapping[int, float], after: Mapping[int, float], limits: Limits, base: Mapping[int, float] | None = None
+    before: Mapping[int, float],
+    after: Mapping[int, float],
+    limits: Limits,
+    base: Mapping[int, float] | None = None,
+    files: Mapping[int, int] | None = None,
 ) -> Iterator[Finding]:
     """Yield the earlier files whose loss grew by more than the limit, the worst first; one that is not finite grew.
 
@@ -67,6 +71,7 @@ def grown(
         before: loss of each file, by position, at the previous boundary.
         after: the same at this boundary; files missing from either are not judged.
         base: the same for the base model, as far as it is known.
+        files: how many files were trained since the loss before was measured, where that is more than one.
     """
     if limits.forgetting is None:
         return
@@ -78,23 +83,34 @@ def grown(
     for position, share in sorted(growth.items(), key=lambda pair: -pair[1]):
         if share == math.inf:
             yield Finding(f"loss on file {position} is no longer finite, after {before[position]:.4f}", position)
-        elif share > limits.forgetting:
+        elif share > limits.forgetting * (count := (files or {}).get(position, 1)):
             change = f"{before[position]:.4f} to {after[position]:.4f}"
             of_what = "" if whole[position] == before[position] else " of what it had gained over the base"
+            over, each = _over(count)
+            limit = f"limit {limits.forgetting:.0%}{each}"
             yield Finding(
-                f"loss on file {position} grew by {share:.0%}{of_what}, from {change} (limit {limits.forgetting:.0%})",
-                position,
+                f"loss on file {position} grew by {share:.0%}{of_what}{over}, from {change} ({limit})", position
             )
 
 
-def moved_away(before: float | None, after: float | None, limits: Limits) -> Iterator[Finding]:
-    """Yield a finding if the model moved away from its base by more than the limit, in nats per token."""
+def moved_away(before: float | None, after: float | None, limits: Limits, files: int = 1) -> Iterator[Finding]:
+    """Yield a finding if the model moved away from its base by more than the limit, in nats per token.
+
+    Args:
+        files: how many files were trained since `before` was measured.
+    """
     if limits.anchor is None or after is None:
         return
     growth = after - (before or 0.0)
-    if not growth <= limits.anchor:  # one that is no number grew
-        text = f"KL from the base grew by {growth:.3f} nats per token, to {after:.3f} (limit {limits.anchor:g})"
-        yield Finding(text)
+    if not growth <= limits.anchor * files:  # one that is no number grew
+        over, each = _over(files)
+        limit = f"limit {limits.anchor:g}{each}"
+        yield Finding(f"KL from the base grew by {growth:.3f} nats per token{over}, to {after:.3f} ({limit})")
+
+
+def _over(files: int) -> tuple[str, str]:
+    """Return what a finding says of its growth and of its limit, if that is of several files."""
+    return (f" over {files} files", " for each") if files > 1 else ("", "")
 
 
 def unanswered(judged: Mapping[str, Any] | None, limits: Limits) -> Iterator[Finding]:

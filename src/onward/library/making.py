@@ -160,13 +160,13 @@ def _require_usable(base: Path, config: Config, tokenizer: TokenizerState) -> No
     """Refuse a base whose files show, without loading its weights, that it is unusable."""
     from onward.data.row_tokenizer import end_token
     from onward.training.model.base import require_complete, require_plain
-    from onward.training.model.capacity import read_capacity, require_embedded, require_fits
+    from onward.training.model.capacity import read_capacity, require_embedded, require_positions
 
     require_complete(base)
     require_plain(base, method=config.method)
     end_token(tokenizer, base)
     capacity = read_capacity(base)
-    require_fits(capacity, max_length=config.max_length)
+    require_positions(capacity, config)
     require_embedded(capacity, tokenizer)
 
 

@@ -31,7 +31,7 @@ from onward.training.device.environment import (
 )
 from onward.training.device.execution import Execution
 from onward.training.model.base import BaseDigest, base_of_run, digest_base, keep_revision
-from onward.training.model.capacity import Capacity, read_capacity, require_fits
+from onward.training.model.capacity import Capacity, read_capacity, require_positions
 from onward.training.model.load import load_tokenizer
 from onward.training.model.spec import ModelSpec, environment_of
 from onward.training.model.treatment import Treatment
@@ -131,10 +131,10 @@ class Session:
         """Check a config before it comes into force against what the run was made with and how its model is laid out.
 
         Raises:
-            ConfigError: it does not match, or rows may be longer than the positions that the model has learned.
+            ConfigError: it does not match, or rows or texts may be longer than the model's learned positions.
         """
         check_identity(self.ledger, config, self.base_digest, self.tokenizer_state)
-        require_fits(self.capacity, max_length=config.max_length)
+        require_positions(self.capacity, config)
         if self.in_shards:
             require_shardable(config)
 

@@ -45,6 +45,14 @@ class World(Protocol):
         """Return whether the flag is set on any rank; the answer is the same on every rank."""
         ...
 
+    def require_all(self) -> None:
+        """Check that the ranks that this one waits for are alive; called while it waits for something else.
+
+        Raises:
+            RankLost: one is gone.
+        """
+        ...
+
     def wait_unseen(self) -> None:
         """Note that this rank from now on waits in PyTorch's own collectives, which no check interrupts."""
         ...
@@ -82,6 +90,9 @@ class SingleProcess:
     def any(self, flag: bool) -> bool:
         """Return the flag: nobody else has one."""
         return flag
+
+    def require_all(self) -> None:
+        """Do nothing: there are no other ranks."""
 
     def wait_unseen(self) -> None:
         """Do nothing: there are no other ranks."""

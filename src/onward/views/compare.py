@@ -15,9 +15,9 @@ from typing import Any
 
 from onward.config import Config, stored_config
 from onward.config.keys import acts
-from onward.config.text import parse_config, parse_settings, read_config
+from onward.config.text import parse_config, parse_settings, read_config, render_yaml
 from onward.digest import sha256_json
-from onward.errors import ConfigError, UsageError
+from onward.errors import ConfigError, TrainingError, UsageError
 from onward.events import Observe
 from onward.layout import RunLayout
 from onward.run import Run
@@ -177,6 +177,7 @@ class Trials:
 
         Raises:
             UsageError: there are no such files, or the boundary before them is no longer kept.
+            TrainingError: a variant cannot be trained.
             Stopped: it was stopped; the copies are gone.
         """
         step, rows = _beginning(layout, self.last)
@@ -195,9 +196,16 @@ class Trials:
             with own_folder(layout) as scratch:
                 copy = copy_run(layout, scratch / "run", step)
                 _prepare(copy, variant, order)
-                Run(copy.root).train(observe=self.observe, stop=self.stop)
+                self._train(copy, variant)
                 self.stop.check_for_end()  # the training has granted it, and is not complete
                 yield measured(copy, self.stop.check_for_end)
+
+    def _train(self, copy: RunLayout, variant: Variant) -> None:
+        try:
+            Run(copy.root).train(observe=self.observe, stop=self.stop)
+        except TrainingError as error:
+            hint = "Leave this setting out; the run is unchanged."
+            raise TrainingError(error.what, where=variant.text, hint=hint) from None
 
 
 def measured(layout: RunLayout, look: Callable[[], None] = lambda: None) -> Table:
@@ -266,9 +274,12 @@ def _beginning(layout: RunLayout, last: int) -> tuple[int, list[FileRow]]:
 def _prepare(copy: RunLayout, variant: Variant, order: int) -> None:
     """Give the files of a copy the config that they had plus the variant's settings, and their rows another order.
 
-    The model is asked today's `evaluation.files`: those of then may be gone.
+    The model is asked today's `evaluation.files`: those of then may be gone. No file is taken back: under each variant
+    the same files are trained.
     """
-    asked = read_config(copy.config).evaluation.files
+    today = read_config(copy.config)
+    asked, unguarded = today.evaluation.files, today.guard.model_copy(update={"action": "off"})
+    copy.config.write_text(render_yaml(today.model_copy(update={"guard": unguarded})), encoding="utf-8")
     with Ledger(copy.ledger) as ledger, ledger.transaction():
         for row in ledger.files("queued"):
             config = variant.applied(stored_config(ledger.config_of(row)).asking(asked)).recorded()

@@ -21,7 +21,7 @@ from onward.service.tokenizer import KeptTokenizer, is_tokenizer_of
 from onward.store.ledger import Ledger
 from onward.text import how_many
 from onward.training.model.base import base_of_run
-from onward.training.model.capacity import read_capacity, require_fits
+from onward.training.model.capacity import read_capacity, require_positions
 
 TEMPLATES_OF_TRL = "TRL ships training templates for many models, by name: pip install 'onward[templates]'"
 CHECKPOINT_ROOM = 1.2
@@ -160,7 +160,7 @@ def run_tokenizer(layout: RunLayout, ledger: Ledger, config: Config) -> RowToken
     """Return the tokenizer of a run, checked against the one that the run began with.
 
     Raises:
-        ConfigError: `max_length` is above the positions that the model has learned.
+        ConfigError: `max_length` or `anchor.tokens` is above the positions that the model has learned.
         ModelError: the base model or the tokenizer is missing, or the tokenizer is not the run's.
     """
     base = base_of_run(layout.root, config.model)
@@ -171,7 +171,7 @@ def run_tokenizer(layout: RunLayout, ledger: Ledger, config: Config) -> RowToken
         require_template_of(identity, config)
         raise changed_refusal("tokenizer or chat template", folder)
     capacity = read_capacity(base)
-    require_fits(capacity, max_length=config.max_length)
+    require_positions(capacity, config)
     return RunTokenizer(state, config, capacity.embedding_rows)
 
 

@@ -16,7 +16,15 @@ from onward.store.rows import FileRow
 
 
 @dataclass(frozen=True)
-class _Measured:
+class Measured:
+    """A value, and after which position it was measured."""
+
+    place: int
+    value: float
+
+
+@dataclass(frozen=True)
+class _Score:
     """A score: after which position, and what of it tells whether another can be compared with it."""
 
     place: int
@@ -44,9 +52,9 @@ class Account:
         """The first position of each content, in stream order."""
         self.of_base: dict[str, Mapping[str, Any]] = {}
         """What was first measured of the base, by content."""
-        self.anchor: float | None = None
+        self.anchor: Measured | None = None
         """The newest KL divergence from the base on the anchor texts."""
-        self._scores: dict[str, list[_Measured]] = {}
+        self._scores: dict[str, list[_Score]] = {}
 
     def up_to(self, position: int) -> Account:
         """Add up the files to a position, all of which are done, and return this account."""
@@ -59,13 +67,13 @@ class Account:
                 self.position, self._last = row.place, row.id
         return self
 
-    def newest_loss(self, key: str, now: Mapping[str, Any], since: int) -> float | None:
+    def newest_loss(self, key: str, now: Mapping[str, Any], since: int) -> Measured | None:
         """Return the newest loss on a content after position `since` or later, on the rows that `now` is of."""
-        for measured in reversed(self._scores.get(key, ())):
-            if measured.place < since:
+        for known in reversed(self._scores.get(key, ())):
+            if known.place < since:
                 break
-            if same_rows(measured.score, now):
-                return measured.score["loss"]
+            if same_rows(known.score, now):
+                return Measured(known.place, known.score["loss"])
         return None
 
     def _add(self, row: FileRow) -> None:
@@ -76,7 +84,8 @@ class Account:
         self.contents.setdefault(row.sha256, row.place)
         for key, score in grid.get("base", {}).items():
             self.of_base.setdefault(key, score)
-        self.anchor = (grid.get("anchor") or {}).get("kl", self.anchor)
+        if grid.get("anchor"):
+            self.anchor = Measured(row.place, grid["anchor"]["kl"])
         self._note(row.place - 1, before.get("model", {}))  # the model was still that of the previous boundary
         self._note(row.place, grid.get("model", {}))
 
@@ -84,4 +93,4 @@ class Account:
         for key, score in model.items():
             known = self._scores.setdefault(key, [])
             if not known or known[-1].place < place:
-                known.append(_Measured(place, {name: score[name] for name in ("rows", "tokens", "loss")}))
+                known.append(_Score(place, {name: score[name] for name in ("rows", "tokens", "loss")}))

@@ -15,7 +15,7 @@ from onward.atomic import remove_tree, replace_file
 from onward.config import Config
 from onward.data.tokenized import Row, TokenizedFile, TokenizedWriter, pack
 from onward.digest import sha256_json, xxh3_file
-from onward.errors import DamagedState, Unreadable
+from onward.errors import ConfigError, DamagedState, Unreadable
 from onward.layout import RunLayout
 from onward.service.session import Session
 from onward.stated import NO_SUCH_FILE
@@ -39,14 +39,16 @@ def anchor_rows(session: Session, config: Config, base: Callable[[], Meter]) -> 
 
     Raises:
         DamagedState: they were written before, and written again they are other texts.
-        ValueError: they are longer than the rows that the model has positions for.
+        ConfigError: they are longer than the rows that the model has positions for.
     """
     folder = session.layout.anchor / _name(session, config)
 
     def write() -> None:
         limit = session.capacity.learned_positions
         if limit is not None and config.anchor.tokens > limit:  # on a GPU the process could not go on after the attempt
-            raise ValueError(f"anchor.tokens is {config.anchor.tokens}, the model has learned {limit} positions")
+            what = f"anchor.tokens is {config.anchor.tokens}, the model has learned {limit} positions"
+            hint = "Set fewer in the config, and take out the file that has begun with it: onward skip"
+            raise ConfigError(what, where="anchor.tokens", hint=hint)
         _keep(folder, base().write((config.anchor.rows, config.anchor.tokens), _first_token(session)))
 
     texts = _ensured(session, folder, _texts, write)

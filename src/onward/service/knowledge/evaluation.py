@@ -17,7 +17,7 @@ from onward.data.tokenized import Row, TokenizedFile
 from onward.errors import ConfigError, DamagedState
 from onward.hooks.answers import LOOKS, judged
 from onward.hooks.evaluation import Anchor, Measuring, Sample, Subject, allowance, in_rotation
-from onward.service.knowledge.account import Account
+from onward.service.knowledge.account import Account, Measured
 from onward.service.knowledge.anchor import anchor_rows, anchor_term
 from onward.service.knowledge.samples import Samples
 from onward.service.knowledge.table import BEFORE, GRID
@@ -76,6 +76,13 @@ class Evaluation:
     def is_possible(self) -> bool:
         """Whether this process can run the model by itself."""
         return not self._session.in_shards
+
+    @property
+    def anchor_at_start(self) -> Measured | None:
+        """The KL divergence from the base before the first file: zero, or None if the run began from another state."""
+        config = self._session.config
+        is_base = not config.adapter or not adapter_off_is_base(config)
+        return Measured(0, 0.0) if is_base and not self._ledger.get("origin_step", 0) else None
 
     def at_boundary(self, boundary: Boundary) -> dict[str, Any]:
         """Measure at a boundary; an `AtBoundary` hook."""
@@ -215,9 +222,13 @@ class Evaluation:
         return Meter(model.requires_grad_(False), self._compute(config), self.writers)
 
     def _measure_anchor(self, now: _Now) -> None:
-        anchor = now.config.anchor
+        anchor, limit = now.config.anchor, self._session.capacity.learned_positions
         if not anchor.rows or not now.measuring.texts_that_fit(anchor.rows, anchor.tokens):
             return  # then they need not be written yet either
+        if limit is not None and anchor.tokens > limit:
+            why = f"anchor.tokens is {anchor.tokens}, the model has learned {limit} positions"
+            self._ledger.add_event("warning", f"the anchor was not measured here: {why}", now.step)
+            return
         texts = anchor_rows(self._session, now.config, now.measuring.base)
         now.measuring.divergence(Anchor(texts, fold(now.config.seed, "anchor", now.step) % len(texts)))
 

@@ -309,7 +309,7 @@ class Daemon:
         """Wait; any request and anything new in the inbox ends the wait."""
         ends = time.monotonic() + seconds
         while time.monotonic() < ends and not (self.wishes.pending or self._incoming.is_due()):
-            self.owned.heartbeat.moved()
+            self.owned.while_waiting()
             time.sleep(TICK / 2)
 
     def _keep(self, message: str, step: int, kind: str) -> None:

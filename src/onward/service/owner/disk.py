@@ -64,7 +64,7 @@ class DiskRoom:
         owned.shown.set(PAUSED, problem)
         owned.record("warning", problem, "paused")
         while not (has_room := self._has(needed)) and not owned.wishes:
-            owned.heartbeat.moved()
+            owned.while_waiting()
             owned.ledger.require_own_release()
             owned.look_at_config()
             self._obey()

@@ -24,6 +24,7 @@ class Owned:
 
     Args:
         let_go: makes the other processes that train free their models.
+        require_ranks: raises if one of them is gone.
     """
 
     layout: RunLayout
@@ -36,6 +37,16 @@ class Owned:
     shown: Shown
     news: NewNotes
     let_go: Callable[[], None] = lambda: None
+    require_ranks: Callable[[], None] = lambda: None
+
+    def while_waiting(self) -> None:
+        """Show that this process is at work though it waits; called several times a second meanwhile.
+
+        Raises:
+            RankLost: another process that trains is gone, of which nobody else would learn before the next step.
+        """
+        self.heartbeat.moved()
+        self.require_ranks()
 
     def record(self, level: str, message: str, kind: str) -> None:
         """Record a message that observers should read; they get it even if the ledger cannot be written now."""

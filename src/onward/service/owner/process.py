@@ -105,6 +105,15 @@ class OpenedRun:
 
             self.world.tell(lambda: {"order": RELEASE})
 
+    def require_ranks(self) -> None:
+        """Check that the other processes that train are alive.
+
+        Raises:
+            RankLost: one is gone.
+        """
+        if self.world is not None:
+            self.world.require_all()
+
     def hash_base(self) -> None:
         """Begin to hash the base model during the large imports, so that it costs no extra time."""
         if "torch" in sys.modules or self._begun is not None:
@@ -214,6 +223,7 @@ def _own(opened: OpenedRun, wishes: Wishes, observe: Observe) -> Owned:
         shown=Shown(ledger),
         news=NewNotes(ledger),
         let_go=opened.let_go,
+        require_ranks=opened.require_ranks,
     )
 
 

@@ -88,7 +88,7 @@ class Recovery:
     def _rest(self, seconds: float) -> None:
         ends = time.monotonic() + seconds
         while time.monotonic() < ends and not self._owned.wishes.pending:
-            self._owned.heartbeat.moved()
+            self._owned.while_waiting()
             self._owned.ledger.require_own_release()
             if self._owned.look_at_config():
                 return

@@ -48,7 +48,7 @@ from onward.training.model.base import (
     resolve_base,
     with_stored_path,
 )
-from onward.training.model.capacity import read_capacity, require_fits
+from onward.training.model.capacity import read_capacity, require_positions
 from onward.training.model.load import build_model
 from onward.training.model.spec import ModelSpec
 from onward.training.state import TrainState
@@ -91,7 +91,7 @@ def adopt(
         base = _base(adopted, named)
         other_base = list(_other_base(adopted, base, is_named=bool(model or settings.get("model"))))
         require_plain(base, method=adopted.config.method)
-        require_fits(read_capacity(base), max_length=adopted.config.max_length)
+        require_positions(read_capacity(base), adopted.config)
         _require_tokenizer(checkpoint, base)
         state, findings, notes = _load(adopted, base)
         config = _with_base(adopted.config, base, checkpoint, layout)

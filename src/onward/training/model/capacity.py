@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from onward.config import Config
 from onward.data.tokenizer import TokenizerState
 from onward.errors import ConfigError, ModelError, Unreadable
 
@@ -84,6 +85,22 @@ def require_fits(capacity: Capacity, *, largest_token_id: int | None = None, max
             f"max_length is {max_length}, the model has learned {positions} positions",
             where="max_length",
             hint=f"Set max_length to at most {positions}: --set max_length={positions}, or in the config.",
+        )
+
+
+def require_positions(capacity: Capacity, config: Config) -> None:
+    """Refuse a config whose rows, or whose anchor texts in the loss, may be longer than a model's positions.
+
+    Raises:
+        ConfigError: they may.
+    """
+    require_fits(capacity, max_length=config.max_length)
+    anchor, positions = config.anchor, capacity.learned_positions
+    if positions is not None and anchor.weight and anchor.rows and anchor.tokens > positions:
+        raise ConfigError(
+            f"anchor.tokens is {anchor.tokens}, the model has learned {positions} positions",
+            where="anchor.tokens",
+            hint=f"Set anchor.tokens to at most {positions}: --set anchor.tokens={positions}, or in the config.",
         )
 
 

@@ -158,6 +158,15 @@ class Group:
         gather = getattr(library, "all_gather_single", None) or library.all_gather_into_tensor  # its old name
         self.moved(gather(whole, own, async_op=True))
 
+    def require_all(self) -> None:
+        """Check that the ranks that this one waits for are alive.
+
+        Raises:
+            RankLost: one is gone.
+            Released: rank 0 has ended.
+        """
+        self._look(0.0)
+
     def wait_unseen(self) -> None:
         """Note that this rank from now on waits in PyTorch's own collectives, which no check interrupts."""
         self.watch.may_hang = True

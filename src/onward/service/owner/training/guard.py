@@ -117,6 +117,7 @@ class Guard:
         now = self._ledger.boundary_results(row.id).get(GRID, {})
         known = self._evaluation.account.up_to(row.place - 1)
         before, after, base = dict[int, float](), dict[int, float](), dict[int, float]()
+        files = dict[int, int]()
         earlier_files = {key: score for key, score in now.get("model", {}).items() if key != row.sha256}
         for key, score in earlier_files.items():
             of_base = known.of_base.get(key) or now.get("base", {}).get(key)
@@ -124,12 +125,15 @@ class Guard:
                 earlier = known.newest_loss(key, score, place)
                 if earlier is None:
                     continue
-                before[place], after[place] = earlier, score["loss"]
+                before[place], after[place] = earlier.value, score["loss"]
+                files[place] = row.place - earlier.place
                 if of_base and same_rows(of_base, score):
                     base[place] = of_base["loss"]
-        yield from grown(before, after, limits, base)
-        kl = (now.get("anchor") or {}).get("kl")
-        yield from moved_away(0.0 if known.anchor is None else known.anchor, kl, limits)
+        yield from grown(before, after, limits, base, files)
+        moved = known.anchor or self._evaluation.anchor_at_start
+        if moved is not None:
+            kl = (now.get("anchor") or {}).get("kl")
+            yield from moved_away(moved.value, kl, limits, row.place - moved.place)
 
     def _act(
         self, row: FileRow, found: Sequence[Finding], state: TrainState, to_look_at: Callable[[], Problems]
