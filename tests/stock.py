@@ -19,6 +19,7 @@ from onward.training.checkpoints.checkpoint import inspect_checkpoint
 from onward.training.checkpoints.loading import load_state
 from onward.training.model.base import resolve_base
 from onward.training.model.spec import ModelSpec
+from onward.training.model.treatment import Treatment
 from onward.training.state import TrainState
 
 ARGUMENTS: dict[str, Any] = {
@@ -106,8 +107,12 @@ def moments(model: nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def open_state(run: Path) -> TrainState:
-    """Load what a run's newest checkpoint holds, as Onward does."""
+def open_state(run: Path, treatment: Treatment | None = None) -> TrainState:
+    """Load what a run's newest checkpoint holds, as Onward does.
+
+    Args:
+        treatment: what the model's admission found.
+    """
     layout = RunLayout(run)
     config = read_config(layout.config)
     folder = layout.checkpoints()[0]
@@ -115,7 +120,8 @@ def open_state(run: Path) -> TrainState:
     assert [] == found.problems
     assert found.manifest is not None
     base = resolve_base(config.model, root=run)
-    return load_state(folder, found.manifest, ModelSpec(config, base, torch.device("cpu"), torch.float32))
+    spec = ModelSpec(config, base, torch.device("cpu"), torch.float32)
+    return load_state(folder, found.manifest, spec, treatment=treatment)
 
 
 def logits(model: nn.Module) -> torch.Tensor:

@@ -34,6 +34,15 @@ def turns(*said: tuple[str, str]) -> list[dict[str, str]]:
         ({"messages": [USER, ANSWER], "system": [{"type": "text", "text": "S"}]}, Chat([SYSTEM, USER, ANSWER])),
         ({"messages": [SYSTEM, USER, ANSWER], "system": "S"}, Chat([SYSTEM, USER, ANSWER])),
         ({"messages": [USER, ANSWER], "system": ""}, Chat([USER, ANSWER])),
+        (
+            {"messages": [{**SYSTEM, "content": [{"type": "text", "text": "S"}]}, USER, ANSWER], "system": "S"},
+            Chat([SYSTEM, USER, ANSWER]),
+        ),
+        (
+            {"messages": [USER, {**ANSWER, "tool_calls": "", "function_call": " "}], "chat_template_kwargs": ""},
+            Chat([USER, ANSWER]),
+        ),
+        ({"instruction": "Hi", "output": "Hello", "history": " ", "tools": ""}, Chat([USER, ANSWER])),
         ({"messages": json.dumps([USER, ANSWER])}, Chat([USER, ANSWER])),
         ({"messages": turns(("human", "Hi"), ("gpt", "Hello"))}, Chat([USER, ANSWER])),
         (

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small
 import stock
 import tiny
 import torch
@@ -21,6 +22,8 @@ from transformers import AutoModelForCausalLM
 from onward import Run
 from onward.config import Config
 from onward.errors import OnwardError, UsageError
+from onward.store.ledger import Ledger
+from onward.training.admission.findings import FACT, Findings
 from onward.training.foreign.arguments import Arguments
 from onward.training.foreign.folders import open_folder
 from onward.training.foreign.grouping import GROUPINGS
@@ -284,3 +287,34 @@ def test_a_frozen_part_stays_frozen_where_train_names_the_rest(tmp_path: Path) -
     state = stock.open_state(tmp_path / "run")
     stock.assert_equal(stock.trained(whole), stock.trained(state.model))
     stock.assert_equal(stock.moments(whole, trainer.optimizer), stock.moments(state.model, state.optimizer))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_weights_that_no_text_reaches_are_adopted_with_the_others(method: str, tmp_path: Path) -> None:
+    """A Trainer's optimizer lists them and keeps nothing for them; all other moments are taken bit for bit."""
+    base = tmp_path / "base"
+    small.small_model("bart").save_pretrained(base)
+    tiny.byte_tokenizer().save_pretrained(base)
+    whole: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    trained: Any = stock.lora_model(base, base=whole, target_modules="all-linear") if method == "lora" else whole
+    trainer = stock.trainer(
+        trained, tmp_path / "stock", processing_class=tiny.byte_tokenizer(), max_steps=2, save_strategy="steps",
+        save_steps=2, weight_decay=0.1 * (method == "full"),
+    )  # fmt: skip
+    trainer.train()
+    told: list[str] = []
+    settings: dict[str, Any] = {"max_length": 128, "evaluation": {"share": 0}, "schedule": "constant"}
+    run = Run.adopt(tmp_path / "stock" / "checkpoint-2", tmp_path / "run", settings=settings, report=told.append)
+    assert [] != [line for line in told if line.startswith("no row of text reaches")]
+    with Ledger(run.layout.ledger, read_only=True) as ledger:
+        found = Findings.of(ledger.get(FACT))
+    assert found is not None
+    state = stock.open_state(tmp_path / "run", found.treatment)
+    moments = stock.moments(state.model, state.optimizer)
+    dead = {name: moments.pop(name) for name in list(moments) if "encoder_attn.k_proj" in name}
+    assert (method == "lora") is bool(dead)
+    assert {0.0, 2.0} >= {float(each) for value in dead.values() for each in value.flatten()}
+    theirs = stock.moments(trained, trainer.optimizer)
+    stock.assert_equal(theirs, {name: moments[name] for name in theirs})
+    run.train(tiny.write_jsonl(tmp_path / "file.jsonl", tiny.chat_rows(8)))
+    assert run.verify().ok

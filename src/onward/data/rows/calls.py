@@ -27,6 +27,15 @@ def json_text(value: Any, where: str) -> Any:
         raise RowError(f"{where} cannot be read as JSON", f"write {where} as JSON") from None
 
 
+def json_if_any(value: Any, where: str) -> Any:
+    """Return what `json_text` returns; None for an empty text, which tables have where there is nothing.
+
+    Raises:
+        RowError: any other text is not valid JSON.
+    """
+    return None if isinstance(value, str) and not value.strip() else json_text(value, where)
+
+
 def is_padded(value: Any, *, padded: bool) -> bool:
     """Return whether null fields of a value are padding; in JSON text somebody wrote them."""
     return padded and not isinstance(value, str)
@@ -50,9 +59,7 @@ def tools_of(value: Any, *, padded: bool) -> list[Any] | None:
     Raises:
         RowError: the value is not a list of objects.
     """
-    if isinstance(value, str) and not value.strip():
-        return None
-    listed = json_text(value, '"tools"')
+    listed = json_if_any(value, '"tools"')
     if listed is None:
         return None
     if not isinstance(listed, list):
@@ -80,11 +87,11 @@ def calls_of(turn: Message, where: str, *, padded: bool) -> list[Message]:
     Raises:
         RowError: a call has no name, or arguments that are not an object.
     """
-    listed = json_text(turn.get("tool_calls"), f'"tool_calls" of {where}') or []
+    listed = json_if_any(turn.get("tool_calls"), f'"tool_calls" of {where}') or []
     if not isinstance(listed, list):
         raise RowError(f'"tool_calls" of {where} is {kind_of(listed)}, not a list', CALL_REMEDY)
     check_strings(listed, where)
-    legacy = json_text(turn.get("function_call"), f'"function_call" of {where}')
+    legacy = json_if_any(turn.get("function_call"), f'"function_call" of {where}')
     if listed and legacy:
         raise RowError(f"{where} has both tool_calls and function_call", 'leave out "function_call"')
     if listed:

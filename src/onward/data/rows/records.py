@@ -22,7 +22,7 @@ from onward.data.row_types import (
     check_text,
     kind_of,
 )
-from onward.data.rows.calls import functions_of, is_padded, json_text, tools_of, without_nulls
+from onward.data.rows.calls import functions_of, is_padded, json_if_any, tools_of, without_nulls
 from onward.data.rows.messages import (
     WEIGHT_KEYS,
     list_in_text,
@@ -215,10 +215,16 @@ def _with_system(row: dict[str, Any], turns: list[Message]) -> list[Message]:
     texts = list(dict.fromkeys(text for key in SYSTEM_KEYS if (text := _system(row, key))))
     if not texts:
         return turns
-    own = [turn.get("content", turn.get("value")) for turn in turns if "system" in (turn.get("role"), turn.get("from"))]
+    own = [_said(turn) for turn in turns if "system" in (turn.get("role"), turn.get("from"))]
     if len(texts) > 1 or (own and own != texts):
         raise RowError("the row has two different system texts", "keep one of them")
     return turns if own else [{"role": "system", "content": texts[0]}, *turns]
+
+
+def _said(turn: Message) -> Any:
+    """Return the text of a system message, which may be in parts."""
+    content = turn.get("content", turn.get("value"))
+    return text_of_parts(content, "the system message") if isinstance(content, list) else content
 
 
 def _system(row: dict[str, Any], key: str) -> str:
@@ -242,7 +248,7 @@ def _refuse_next_to(row: dict[str, Any], keys: Sequence[str], what: str, remedy:
 
 
 def _history(row: dict[str, Any]) -> list[tuple[str, str]]:
-    pairs = json_text(row.get("history") or [], '"history"')
+    pairs = json_if_any(row.get("history"), '"history"') or []
     if isinstance(pairs, list) and all(
         isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in pairs
     ):
@@ -253,7 +259,8 @@ def _history(row: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _template_arguments(row: dict[str, Any], *, padded: bool) -> dict[str, Any]:
-    given = json_text(row.get("chat_template_kwargs", {}), '"chat_template_kwargs"')
+    given = json_if_any(row.get("chat_template_kwargs"), '"chat_template_kwargs"')
+    given = {} if given is None else given
     if not isinstance(given, dict):
         raise RowError(f'"chat_template_kwargs" is {kind_of(given)}', 'write "chat_template_kwargs" as an object')
     taken = sorted(OURS.intersection(given))

@@ -31,6 +31,7 @@ from onward.service.tokenizer import copy_tokenizer, load_tokenizer_of
 from onward.store.ledger import Ledger
 from onward.text import quoted
 from onward.training.admission.findings import Findings
+from onward.training.admission.reach import weights_of
 from onward.training.device.environment import pick_device, pick_dtype
 from onward.training.foreign.carried import without_carried
 from onward.training.foreign.folders import fresh_hint
@@ -168,7 +169,8 @@ def _load(adopted: Adopted, base: Path) -> tuple[TrainState, Findings, list[str]
     if adopted.moments is None:
         state.counters.step = state.counters.adam_origin = folder.step
         return state, findings, []
-    notes = load_into(state, adopted.moments, folder)
+    left_out = weights_of(dict(model.named_parameters()), frozenset(findings.left_out))
+    notes = load_into(state, adopted.moments, folder, left_out)
     adam = state.view().adam_step()
     if not 0 < adam <= folder.step:
         what = f"Adam counts {adam} steps, trainer_state.json {folder.step}"

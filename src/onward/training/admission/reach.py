@@ -47,6 +47,11 @@ def modules_of(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
+def weights_of(names: Iterable[str], left_out: frozenset[str]) -> list[str]:
+    """Return those of a model's weights that a run leaves out by these names: weights, or modules of the base."""
+    return [name for name in names if name in left_out or not left_out.isdisjoint(modules_of([name]))]
+
+
 def share_reached(model: nn.Module, base: PreTrainedModel) -> float:
     """Return the share of the weights outside embeddings and head that are trained or have an adapter."""
     reached, others = _split(model, base)

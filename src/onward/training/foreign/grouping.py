@@ -6,7 +6,7 @@ moments show which division was used.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 
 from torch import nn
 from transformers.trainer_pt_utils import get_parameter_names
@@ -72,3 +72,24 @@ GROUPINGS: tuple[Callable[[nn.Module], Names], ...] = (
     _transformers_5, _transformers_4, _transformers_4_few_norms, _one_group, _decayed_last, _axolotl, _lora_plus,
 )  # fmt: skip
 """Every known division, the likeliest first."""
+
+
+def groupings(model: nn.Module, left_out: Collection[str] = ()) -> Iterator[Names]:
+    """Yield the non-empty groups of every known division of a model's trained weights, the likeliest first.
+
+    Args:
+        left_out: frozen weights that a Trainer would have trained; they are in the groups that come after all others.
+    """
+    for grouping in GROUPINGS:
+        yield [group for group in grouping(model) if group]
+    frozen = [weight for name, weight in model.named_parameters() if name in left_out and not weight.requires_grad]
+    if not frozen:
+        return
+    for weight in frozen:
+        weight.requires_grad_(True)
+    try:
+        found = [[group for group in grouping(model) if group] for grouping in GROUPINGS]
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
+    yield from found

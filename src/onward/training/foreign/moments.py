@@ -7,22 +7,21 @@ bitsandbytes rounded to 8 bits stay 8-bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from torch import nn
 
 from onward.errors import DamagedState, ModelError, UsageError, first_line
-from onward.text import quoted
+from onward.text import how_many, quoted
 from onward.training.checkpoints.loading import read_optimizer
 from onward.training.device.environment import pick_device
 from onward.training.foreign.arguments import Arguments
 from onward.training.foreign.folders import TrainerFolder, fresh_hint
-from onward.training.foreign.grouping import GROUPINGS
+from onward.training.foreign.grouping import groupings
 from onward.training.foreign.refusal import NotTaken
 from onward.training.foreign.rounded import as_adamw_8bit, as_small, is_of_8_bits
 from onward.training.optimizers import ADAMW, ADAMW_8BIT, OptimizerMethod
@@ -205,11 +204,15 @@ def _has_l2(group: Mapping[str, Any]) -> bool:
     return said is False or (said is None and order == ["maximize", "foreach"])
 
 
-def load_into(state: TrainState, moments: Moments, folder: TrainerFolder) -> list[str]:
+def load_into(state: TrainState, moments: Moments, folder: TrainerFolder, left_out: Collection[str] = ()) -> list[str]:
     """Put moments into a fresh state, by name.
 
+    Args:
+        left_out: the trained weights, and in full training the frozen ones, that no gradient reaches; their optimizer
+            never touched them.
+
     Returns:
-        Notes for the user: which weights change their decay.
+        Notes for the user: which weights change their decay, and which have no moments.
 
     Raises:
         UsageError: they belong to other weights.
@@ -218,15 +221,20 @@ def load_into(state: TrainState, moments: Moments, folder: TrainerFolder) -> lis
     path = folder.optimizer
     assert path is not None
     moments = _of_method(state, moments, folder)
-    named = _named(state, moments, path, folder)
-    for name, parameter in state.parameters.items():
-        problem = state.method.problem(parameter, named.get(name)) if moments.entries else None
-        if problem is not None:
-            raise DamagedState(f"{name}: {problem}", where=path)
+    named = _named(state, moments, folder, left_out)
+    unmoved = [name for name in left_out if name not in named]
+    notes = [*_decay_differs(state, moments, named), *_widened(moments), *_without(moments, unmoved)]
     counts = sorted({int(entry[state.method.counter]) for entry in named.values()})
     if len(counts) > 1:
         what = f"Adam's counters disagree (from {counts[0]} to {counts[-1]}): some weights skipped steps"
         raise DamagedState(what, where=path, hint=fresh_hint(folder.path))
+    if counts and state.method is ADAMW:
+        held = {name: state.parameters[name] for name in unmoved if name in state.parameters}
+        named |= {name: _unmoved(parameter, counts[0]) for name, parameter in held.items()}
+    for name, parameter in state.parameters.items():
+        problem = state.method.problem(parameter, named.get(name)) if moments.entries else None
+        if problem is not None:
+            raise DamagedState(f"{name}: {problem}", where=path, hint=fresh_hint(folder.path))
     numbers = {name: number for number, name in enumerate(state.parameters)}
     entries = {
         numbers[name]: {slot: value.clone() for slot, value in entry.items()}
@@ -237,7 +245,7 @@ def load_into(state: TrainState, moments: Moments, folder: TrainerFolder) -> lis
     for group in own:
         group["lr"] = float(moments.groups[0]["lr"])
     state.optimizer.load_state_dict({"state": entries, "param_groups": own})
-    return [*_decay_differs(state, moments, named), *_widened(moments)]
+    return notes
 
 
 def _of_method(state: TrainState, moments: Moments, folder: TrainerFolder) -> Moments:
@@ -257,23 +265,24 @@ def _widened(moments: Moments) -> Iterator[str]:
         yield f"weights and moments were {moments.dtype}: they continue in float32, from the same values"
 
 
-def _named(state: TrainState, moments: Moments, path: Path, folder: TrainerFolder) -> dict[str, Entry]:
+def _named(state: TrainState, moments: Moments, folder: TrainerFolder, left_out: Collection[str]) -> dict[str, Entry]:
     """Return the entries by the parameter names of the run's model."""
     order = [key for group in moments.groups for key in group["params"]]
     if all(isinstance(key, str) for key in order):
         return {_own_name(str(key), state.parameters): entry for key, entry in moments.entries.items()}
     sizes = [len(group["params"]) for group in moments.groups if group["params"]]
-    fitting = [names for names in _groupings(state.model) if [len(group) for group in names] == sizes]
+    known = list(groupings(state.model, left_out))
+    fitting = [names for names in known if [len(group) for group in names] == sizes]
     found = [names for names in fitting if _shapes_fit(state, moments, order, [n for group in names for n in group])]
     chosen = (found or fitting)[:1]
     if not chosen:
-        expected = [len(group) for group in next(iter(_groupings(state.model)))]
+        expected = [len(group) for group in known[0]]
         what = f"the optimizer has parameter groups of {sizes}, the model of {expected}"
         hint = fresh_hint(folder.path)
         if sum(sizes) < sum(expected):
             what += ": some of the weights were frozen"
             hint = f"{hint}\n{_TRAIN}" if not isinstance(state.model, PeftModel) else hint
-        raise DamagedState(what, where=path, hint=hint)
+        raise DamagedState(what, where=folder.optimizer, hint=hint)
     names = [name for group in chosen[0] for name in group]
     return {name: moments.entries[key] for name, key in zip(names, order, strict=True) if key in moments.entries}
 
@@ -286,17 +295,23 @@ def _own_name(saved: str, known: Mapping[str, Any]) -> str:
     return saved
 
 
-def _groupings(model: nn.Module) -> Iterator[list[list[str]]]:
-    for grouping in GROUPINGS:
-        yield [group for group in grouping(model) if group]
-
-
 def _shapes_fit(state: TrainState, moments: Moments, order: list[Key], names: list[str]) -> bool:
+    shapes = {name: weight.shape for name, weight in state.model.named_parameters()}
     for key, name in zip(order, names, strict=True):
         entry = moments.entries.get(key)
-        if entry is not None and entry[moments.method.slots[0]].shape != state.parameters[name].shape:
+        if entry is not None and entry[moments.method.slots[0]].shape != shapes[name]:
             return False
     return True
+
+
+def _unmoved(parameter: torch.Tensor, count: int) -> Entry:
+    """Return what AdamW keeps of a weight whose gradient was zero in as many steps."""
+    return {ADAMW.counter: torch.tensor(float(count)), **{slot: torch.zeros_like(parameter) for slot in ADAMW.slots}}
+
+
+def _without(moments: Moments, names: Collection[str]) -> Iterator[str]:
+    if moments.entries and names:
+        yield f"no row of text reaches {how_many(len(names), 'weight')}, such as {sorted(names)[0]}: without moments"
 
 
 def _decay_differs(state: TrainState, moments: Moments, named: Mapping[str, Entry]) -> Iterator[str]:
