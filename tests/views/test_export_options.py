@@ -39,6 +39,15 @@ def test_only_gguf_is_a_single_file(tmp_path: Path) -> None:
     assert [("gguf", "out.gguf")] == found
 
 
+@pytest.mark.parametrize(("file_format", "name"), [(None, "m.gguf"), ("adapter", "m.gguf"), ("gguf", "m.GGUF")])
+def test_no_folder_gets_the_name_of_a_gguf_file(file_format: str | None, name: str, tmp_path: Path) -> None:
+    """Whoever forgets the format would have an adapter's folder, which llama.cpp refuses; the way out is named."""
+    with pytest.raises(UsageError, match="folder with the name of a GGUF file") as refused:
+        Wanted(tmp_path / name, file_format).require_possible()
+    assert f"{tmp_path}/m.gguf --format gguf" in str(refused.value.hint)
+    Wanted(tmp_path / "m.gguf", "gguf").require_possible()
+
+
 def test_whatever_has_the_name_is_in_the_way(tmp_path: Path) -> None:
     """A file, a folder, and a link to something that is gone."""
     for make in (Path.touch, Path.mkdir, lambda path: path.symlink_to("gone")):

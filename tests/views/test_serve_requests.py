@@ -57,6 +57,7 @@ def test_all_that_is_followed_is() -> None:
     assert [["a"], ["a", "b"], [], []] == [chat(stop=stop).stops for stop in ("a", ["a", "b"], [], None)]
     assert [True, False, False] == [chat(stream=stream).stream for stream in (True, False, None)]
     options: tuple[Any, ...] = ({"include_usage": True}, {"include_usage": False}, {"include_usage": None}, {}, None)
+    assert not chat(stream_options={"include_obfuscation": False}).with_usage
     assert [True, False, False, False, False] == [chat(stream_options=given).with_usage for given in options]
     tools: list[Any] = [{"type": "function"}]
     assert [tools, None, None] == [chat(tools=given).tools for given in (tools, [], None)]
@@ -128,6 +129,7 @@ def test_what_the_other_address_follows_is_refused() -> None:
         ({"stream": 1}, "stream must be true or false"),
         ({"stream_options": True}, "stream_options must be an object"),
         ({"stream_options": {"include_usage": "no"}}, "include_usage must be true or false"),
+        ({"stream_options": {"include_tokens": True}}, "include_tokens is not known here"),
         *(({key: True}, f"{key} must be a number") for key in ("temperature", "top_p")),
         *(
             ({key: True}, f"{key} must be a whole number")
@@ -147,7 +149,7 @@ def test_what_makes_no_sense_is_refused(values: dict[str, Any], words: str) -> N
     assert said.startswith(words) or said.endswith(words)
     assert (True, True) == (said.isprintable(), len(said) < 120)
     key = next(iter(values))
-    assert param in {key, "messages[0]", "messages[1]", "include_usage", "max_tokens"}
+    assert param in {key, "messages[0]", "messages[1]", "include_usage", "include_tokens", "max_tokens"}
 
 
 @pytest.mark.parametrize("prompt", [None, 5, [], ["a", "b"], [[1, 2]], [1, 2]])

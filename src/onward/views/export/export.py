@@ -97,6 +97,11 @@ class Wanted:
             what = "--quantize is for the formats gguf and ollama, in place of --dtype"
             hint = "Leave out --dtype." if self.dtype is not None else "Add --format gguf, or --format ollama."
             raise UsageError(what, where="--quantize", hint=hint)
+        if self.target.suffix.lower() == ".gguf" and not self.is_file:
+            what = f"this would make a folder with the name of a GGUF file: --format is {self.format or 'not given'}"
+            file = quoted(self.target.with_suffix(".gguf"))
+            hint = f"Write a file: onward export {file} --format gguf; or name the folder otherwise."
+            raise UsageError(what, where=self.target, hint=hint)
         if self.target.exists() or self.target.is_symlink():
             what = "something of this name already exists, and nothing is written over it"
             raise UsageError(what, where=self.target, hint="Name another, or remove it.")

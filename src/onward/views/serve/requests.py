@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -30,6 +30,8 @@ UNRELATED = frozenset((
     "user", "safety_identifier", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention",
 ))  # fmt: skip
 """Keys that matter to OpenAI's own service only, not to the answer."""
+OF_STREAMS = frozenset(("include_usage", "include_obfuscation"))
+"""Keys of `stream_options`; the second is about the length of what is sent, not the answer."""
 ELSEWHERE = {True: ("prompt",), False: ("messages", "tools")}
 """Keys that are followed at the other address only, by whether this one is that of chats."""
 
@@ -80,10 +82,9 @@ def read_request(body: Any, *, is_chat: bool) -> Asked:
     for key in ELSEWHERE[is_chat]:
         if values.get(key):
             raise BadRequest(f"{key} is not supported at this address", key)
-    for key, value in values.items():
-        if value is not None and not (key in FOLLOWED or key in UNRELATED or key in NEUTRAL):
-            raise BadRequest(f"{printable(key)[:60]} is not known here", key)
+    _require_known(values, FOLLOWED | UNRELATED | NEUTRAL.keys())
     options = _of_kind(values, "stream_options", dict) or {}
+    _require_known(options, OF_STREAMS)
     return Asked(
         messages=_messages(values.get("messages")) if is_chat else None,
         text=None if is_chat else _prompt(values.get("prompt")),
@@ -93,6 +94,12 @@ def read_request(body: Any, *, is_chat: bool) -> Asked:
         stream=bool(_of_kind(values, "stream", bool)),
         with_usage=bool(_of_kind(options, "include_usage", bool)),
     )
+
+
+def _require_known(values: Mapping[str, Any], known: Collection[str]) -> None:
+    for key, value in values.items():
+        if value is not None and key not in known:
+            raise BadRequest(f"{printable(key)[:60]} is not known here", key)
 
 
 def _sampling(values: Mapping[str, Any]) -> Sampling:
