@@ -190,7 +190,7 @@ def test_the_picture_has_each_cell_in_its_place_and_colour() -> None:
 
 
 def test_what_cannot_be_compared_has_no_colour_in_the_picture() -> None:
-    """A loss on other rows is marked, and the others have the colours that they have without it; marks are explained."""
+    """A loss on other rows is marked; the others are coloured as they are without it, and marks are explained."""
     scores = [dict(row) for row in TABLE.scores]
     scores[0]["a"] = score(90.0, rows=(7,))
     grid, without = (
