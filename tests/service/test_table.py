@@ -189,6 +189,27 @@ def test_the_picture_has_each_cell_in_its_place_and_colour() -> None:
     assert "#bfcfe0" == cells[5].attrib["fill"]  # 2.0 between 1.5 and 4.0
 
 
+def test_what_cannot_be_compared_has_no_colour_in_the_picture() -> None:
+    """A loss on other rows is marked; the others are coloured as they are without it, and marks are explained."""
+    scores = [dict(row) for row in TABLE.scores]
+    scores[0]["a"] = score(90.0, rows=(7,))
+    grid, without = (
+        replace(TABLE, scores=rows).to_dict()
+        for rows in (
+            scores,
+            [{key: row[key] for key in row if key != "a"} if not at else row for at, row in enumerate(scores)],
+        )
+    )
+    drawn, other = (ElementTree.fromstring(grid_svg(each)) for each in (grid, without))
+    cells, left = (list(each.iter(f"{SVG}rect"))[1:] for each in (drawn, other))
+    assert [cell.attrib for cell in left] == [cell.attrib for cell in cells]
+    assert "none" == cells[0].attrib["fill"]
+    assert ["90.0000~"] == [text.text for text in drawn.iter(f"{SVG}text") if "~" in str(text.text)][1:]
+    words = [[text.text for text in each.iter(f"{SVG}text") if text.attrib.get("x") == "16"] for each in (drawn, other)]
+    assert ["darker: higher loss", "* on trained rows"] == words[1]
+    assert [*words[1], "~ on other rows"] == words[0]
+
+
 def test_names_in_the_picture_stand_at_their_rows_and_columns() -> None:
     """Each over its column or beside its row."""
     drawn = ElementTree.fromstring(grid_svg(TABLE.to_dict()))

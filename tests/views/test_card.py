@@ -15,6 +15,7 @@ from ledgers import made_up_run
 from onward import Run
 from onward.layout import RunLayout
 from onward.service.lock import RunLock
+from onward.store.ledger import Ledger
 from onward.training.model.base import digest_base
 from onward.training.model.embedded import EMBEDDED
 from onward.views.export.card import BaseFacts, base_facts, proof_of, verify_now, write_card
@@ -51,6 +52,25 @@ def test_a_card_tells_of_a_state_what_led_to_it(layout: RunLayout, step: int | N
     assert f"| {begun} to {last} | {begun} to {last} |" in rows[-1]
     picture = (layout.root.parent / "card" / "loss.svg").read_text()
     assert drawn == len(re.findall(r"points=\"([^\"]+)\"", picture)[0].split())
+
+
+def test_a_card_shows_what_was_measured_with_its_marks(layout: RunLayout) -> None:
+    """Losses on trained rows, and those that cannot be compared; what the guard found of rows stays with the run."""
+    score = {"accuracy": 0.5, "tokens": 3, "rows": [1], "trained": False}
+    with Ledger(layout.ledger) as ledger:
+        for file_id, own in ((1, "a"), (2, "c")):
+            ledger.set_file(file_id, sha256=own)
+            model = {"a": {**score, "loss": 2.5, "rows": [file_id]}, "c": {**score, "loss": 1.5, "trained": True}}
+            grid = {"model": model, "base": {}, "anchor": None, "names": {}, "cost": 0}
+            answers = {"same": False, "z": 0.5, "known": True, "rows": 16, "lines": [4]}
+            ledger.keep_boundary_results(file_id, file_id, {"grid": grid, "answers": answers, "perplexity": 7})
+    text = card(layout, 5)
+    assert r"| After file | a\|b.jsonl | c.jsonl\* | KL from the base |" in text
+    assert "| 1 | 2.5000~ | 1.5000 |  |\n| 2 | 2.5000 | 1.5000 |  |" in text
+    assert r"\* measured on rows that were trained: retention, not generalization." in text
+    assert "~ measured on other rows than the newest of the column: not to be compared with it." in text
+    assert "| 1 | perplexity | `7` |" in text
+    assert "| answers |" not in text
 
 
 def test_a_card_begins_with_what_a_hub_reads(layout: RunLayout) -> None:

@@ -66,6 +66,17 @@ def test_with_one_training_each_the_noise_is_not_known() -> None:
     assert "(--seeds 2)" in list(lines(found))[-1]
 
 
+def test_orders_that_make_no_difference_tell_no_noise() -> None:
+    """The rows of a file that fits into one step are trained together in any order: that is no proof of a lead."""
+    found = comparison(outcome("a", 2.0, 2.0), outcome("b", 1.5, 1.5))
+    assert ("b", 0.5, None, False) == tuple(found.to_dict()[key] for key in ("best", "lead", "noise", "decided"))
+    assert (
+        "b is lower by 0.5000; every order of rows trained the same, so the noise is not known" == [*lines(found)][-1]
+    )
+    alike = comparison(outcome("a", 2.0, 2.5), outcome("b", 1.5, 2.0))
+    assert (0.5, 0.0, True) == (alike.lead, alike.noise, alike.is_decided)
+
+
 def test_what_was_not_measured_is_said() -> None:
     """Without a grid there is nothing to compare, and no number is invented."""
     found = comparison(outcome("a", None), outcome("b", None))

@@ -102,8 +102,13 @@ class Comparison:
 
     @property
     def noise(self) -> float | None:
-        """How far that lead differs between orders of rows, maximum minus minimum; None with one order."""
-        return spread(self._leads())
+        """How far that lead differs between orders of rows, maximum minus minimum; None if no two trainings differ."""
+        return spread(self._leads()) if self._orders_differ else None
+
+    @property
+    def _orders_differ(self) -> bool:
+        """Whether the order of rows made any difference: it makes none if each file fits into one step."""
+        return any(trial.figures != outcome.trials[0].figures for outcome in self.outcomes for trial in outcome.trials)
 
     @property
     def is_decided(self) -> bool:
@@ -325,6 +330,8 @@ def _verdict(comparison: Comparison) -> str:
     if lead is None:
         return "no file was measured on the same rows under each setting, so that nothing can be compared"
     best = comparison.ranked[0].variant.text
+    if noise is None and len(comparison.outcomes[0].trials) > 1:
+        return f"{best} is lower by {lead:.4f}; every order of rows trained the same, so the noise is not known"
     if noise is None:
         return f"{best} is lower by {lead:.4f}; with one training each, the noise is not known (--seeds 2)"
     if comparison.is_decided:

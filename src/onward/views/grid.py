@@ -118,17 +118,24 @@ def grid_csv(grid: Values) -> str:
 
 
 def grid_svg(grid: Values) -> str:
-    """Return the newest files' table as a heat map: in each column the lowest loss is lightest, the highest darkest."""
+    """Return the newest files' table as a heat map: in each column the lowest loss is lightest, the highest darkest.
+
+    Losses on other rows than the newest of their column are marked, and have no colour.
+    """
     grid, _ = newest_corner(grid, ON_PAPER)
     columns = [*(_title(file, NAME_WIDTH) for file in grid["files"]), "anchor"]
     rows = [[*row, anchor] for row, anchor in zip(grid["loss"], grid["anchor"], strict=True)]
+    compared = [
+        [None if [line, place] in grid["other_rows"] else value for place, value in enumerate(row)]
+        for line, row in enumerate(rows)
+    ]
     width, height = LEFT + CELL * len(columns) + 16, TOP + HIGH * len(rows) + 16
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
         'font-family="sans-serif" font-size="12" role="img">',
         "<title>Loss on each file after each file</title>",
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
-        '<text x="16" y="24" fill="#222222">darker: higher loss</text>',
+        *(f'<text x="16" y="{24 + 16 * line}" fill="#222222">{text}</text>' for line, text in enumerate(_legend(grid))),
     ]
     for place, name in enumerate(columns):
         x = LEFT + CELL * place + CELL // 2
@@ -138,24 +145,40 @@ def grid_svg(grid: Values) -> str:
         name = escape(_after(grid, line))
         parts.append(f'<text x="{LEFT - 8}" y="{y + 18}" text-anchor="end" fill="#222222">{name}</text>')
         parts += [
-            _cell(value, [each[place] for each in rows], (LEFT + CELL * place, y)) for place, value in enumerate(row)
+            _cell(value, compared[line][place], [each[place] for each in compared], (LEFT + CELL * place, y))
+            for place, value in enumerate(row)
         ]
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _cell(value: float | None, column: Sequence[float | None], at: tuple[int, int]) -> str:
-    """Return one cell; what was not measured is an empty frame."""
+def _legend(grid: Values) -> list[str]:
+    """Return what the colours and the marks of a heat map mean, in lines."""
+    lines = ["darker: higher loss"]
+    if any(file["trained"] for file in grid["files"]):
+        lines.append(f"{TRAINED} on trained rows")
+    if grid["other_rows"]:
+        lines.append(f"{ELSEWHERE} on other rows")
+    return lines
+
+
+def _cell(value: float | None, compared: float | None, column: Sequence[float | None], at: tuple[int, int]) -> str:
+    """Return one cell; what was not measured is an empty frame.
+
+    Args:
+        compared: the value again, or None if it cannot be compared with the newest of its column.
+        column: the values of its column that can be.
+    """
     x, y = at
     box = f'<rect x="{x}" y="{y}" width="{CELL - 2}" height="{HIGH - 2}"'
     if value is None:
         return f'{box} fill="none" stroke="#cccccc"/>'
     seen = [each for each in column if each is not None]
-    low, high = min(seen), max(seen)
-    dark = 0.0 if high == low else (value - low) / (high - low)
+    dark = 0.0 if compared is None or max(seen) == min(seen) else (value - min(seen)) / (max(seen) - min(seen))
     red, green, blue = (round(light + dark * (deep - light)) for light, deep in ((236, 12), (243, 62), (250, 122)))
-    ink = "#ffffff" if dark > 0.5 else "#222222"
-    text = f'<text x="{x + CELL // 2 - 1}" y="{y + 18}" text-anchor="middle" fill="{ink}">{_number(value)}</text>'
-    return f'{box} fill="#{red:02x}{green:02x}{blue:02x}"/>{text}'
+    fill = 'fill="none" stroke="#cccccc"' if compared is None else f'fill="#{red:02x}{green:02x}{blue:02x}"'
+    ink, mark = "#ffffff" if dark > 0.5 else "#222222", ELSEWHERE * (compared is None)
+    text = f'<text x="{x + CELL // 2 - 1}" y="{y + 18}" text-anchor="middle" fill="{ink}">{_number(value)}{mark}</text>'
+    return f"{box} {fill}/>{text}"
 
 
 def _after(grid: Values, place: int) -> str:

@@ -17,7 +17,7 @@ from onward.config.text import read_config
 from onward.curve import COLUMNS, read_curve
 from onward.errors import OnwardError
 from onward.layout import RunLayout
-from onward.service.knowledge.table import BEFORE, GRID
+from onward.service.knowledge.table import ANSWERS, BEFORE, GRID
 from onward.status import read_grid, read_history
 from onward.store.ledger import Ledger
 from onward.text import printable
@@ -25,7 +25,7 @@ from onward.training.model.base import is_own_base
 from onward.training.model.embedded import EMBEDDED
 from onward.version import __version__
 from onward.views.export.curve import curve
-from onward.views.grid import ON_PAPER, part_of
+from onward.views.grid import ELSEWHERE, ON_PAPER, TRAINED, part_of
 from onward.views.points import Point
 
 CARD, CURVE = "README.md", "loss.svg"
@@ -161,7 +161,7 @@ def _results(layout: RunLayout, history: Sequence[dict[str, Any]]) -> str:
             for entry in history
             if (file := ledger.at_position(entry["position"])) is not None
             for name, value in ledger.boundary_results(file.id).items()
-            if name not in (GRID, BEFORE)
+            if name not in (GRID, BEFORE, ANSWERS)
         ]
     if rows:
         parts.append("## Measured at boundaries\n\n" + _table(("After file", "What", "Value"), rows))
@@ -178,16 +178,25 @@ def _grid(grid: dict[str, Any], places: Collection[int]) -> str:
     ]
     if not any(value is not None for after, values in lines if after for value in values):
         return ""
-    rows = [("base" if after == 0 else str(after), *map(_loss, values)) for after, values in lines]
-    names = [_cell(file["name"]) for file in part["files"]]
+    rows = [
+        ("base" if after == 0 else str(after), *(_loss(part, (line, at), value) for at, value in enumerate(values)))
+        for line, (after, values) in enumerate(lines)
+    ]
+    names = [f"{_cell(file['name'])}{_cell(TRAINED) * bool(file['trained'])}" for file in part["files"]]
     words = "Mean loss on the rows of each file that it is measured on, and the KL divergence from the base, in nats."
+    if any(file["trained"] for file in part["files"]):
+        words += f" {_cell(TRAINED)} measured on rows that were trained: retention, not generalization."
+    if part["other_rows"]:
+        words += (
+            f" {_cell(ELSEWHERE)} measured on other rows than the newest of the column: not to be compared with it."
+        )
     if len(shown) < len(places):
         words += f" The newest {len(shown)} of {len(places)} files are shown."
     return f"## What it knows\n\n{words}\n\n" + _table(("After file", *names, "KL from the base"), rows)
 
 
-def _loss(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+def _loss(grid: Mapping[str, Any], cell: tuple[int, int], value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}{_cell(ELSEWHERE) * (list(cell) in grid['other_rows'])}"
 
 
 def verify_now(layout: RunLayout) -> str:

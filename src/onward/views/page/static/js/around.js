@@ -106,9 +106,10 @@ function showGrid(grid) {
   const place = (position, name) => [position, name].filter(Boolean).join(" "); // names that begin alike differ where they are cut off
   const head = make("tr", {}, make("th", { scope: "col" }, "After"), ...grid.files.map((file) => make("th", { scope: "col", class: "num", title: file.name }, (file.trained ? "* " : "") + place(file.position, file.name))));
   const isElsewhere = (line, index) => grid.other_rows.some(([row, column]) => row === line && column === index);
+  const compared = grid.files.map((_, index) => grid.loss.map((row, line) => (isElsewhere(line, index) ? null : row[index])));
   const lines = grid.after.map((after, line) => make("tr", {},
     make("th", { scope: "row", title: names.get(after) ?? "" }, after === 0 ? "the base" : place(after, names.get(after))),
-    ...grid.files.map((_, index) => cell(grid.loss.map((row) => row[index]), line, isElsewhere(line, index)))));
+    ...grid.files.map((_, index) => cell(grid.loss[line][index], compared[index], isElsewhere(line, index)))));
   byId("grid-table").replaceChildren(make("caption", { class: "unseen" }, "Loss on each file after each file"), make("thead", {}, head), make("tbody", {}, ...lines));
   say("grid-words", gridWords(grid));
 }
@@ -124,11 +125,11 @@ function gridWords(grid) {
   return parts.filter(Boolean).join(" ");
 }
 
-/* A loss, the darker the lower it is among those of its column. */
-function cell(column, line, isElsewhere) {
-  const known = column.filter((value) => value !== null), value = column[line];
+/* A loss, the darker the lower it is among those of its column; one that cannot be compared with them has no colour. */
+function cell(value, compared, isElsewhere) {
+  const known = compared.filter((each) => each !== null);
   const [low, high] = [Math.min(...known), Math.max(...known)];
   const element = make("td", { class: "num" }, fixed(value, 3) + (isElsewhere ? "~" : ""));
-  if (value !== null && high > low) element.style.background = `color-mix(in srgb, var(--accent-soft) ${Math.round((100 * (high - value)) / (high - low))}%, transparent)`;
+  if (value !== null && !isElsewhere && high > low) element.style.background = `color-mix(in srgb, var(--accent-soft) ${Math.round((100 * (high - value)) / (high - low))}%, transparent)`;
   return element;
 }
