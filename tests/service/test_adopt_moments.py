@@ -231,6 +231,10 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "LoRA+": (lora_plus, "different learning rates"),
     "frozen": (frozen_part, "some of the weights were frozen"),
     "weights that sat out": (lambda values: values["state"][0]["step"].sub_(1), "skipped steps"),
+    "weights without moments": (lambda values: values["state"].pop(0), "has no AdamW moments"),
+    "no weights": (each_group(lambda group: group.update(params=[])), "belongs to no weights"),
+    "settings that AdamW has": (each_group(lambda group: group.pop("eps")), "not that of AdamW: KeyError: 'eps'"),
+    "several optimizers": (lambda values: values.update(first=values.pop("param_groups")), "not that of AdamW"),
 }  # fmt: skip
 
 
