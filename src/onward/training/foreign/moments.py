@@ -285,6 +285,10 @@ def _named(state: TrainState, moments: Moments, folder: TrainerFolder, left_out:
         if sum(sizes) < sum(expected):
             what += ": some of the weights were frozen"
             hint = f"{hint}\n{_TRAIN}" if not isinstance(state.model, PeftModel) else hint
+        elif any(weight.ndim > 2 for weight in state.parameters.values()):
+            what += (
+                ": it may have moments for each expert, as under transformers before 5, and not for all in one tensor"
+            )
         raise DamagedState(what, where=folder.optimizer, hint=hint)
     names = [name for group in chosen[0] for name in group]
     return {name: moments.entries[key] for name, key in zip(names, order, strict=True) if key in moments.entries}
