@@ -190,6 +190,19 @@ def test_groups_of_every_division_are_told_apart(number: int, model: Path, tmp_p
     assert same == (lines == [])
 
 
+def test_moments_of_experts_apart_are_refused_as_such(tmp_path: Path) -> None:
+    """Transformers before 5 has a weight for each expert, of which releases since then make one tensor."""
+    whole = small.small_model("olmoe")
+    apart = [part for weight in whole.parameters() for part in (weight.unbind() if weight.ndim > 2 else (weight,))]
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(part.detach().clone()) for part in apart])
+    whole.save_pretrained(tmp_path)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 1}')
+    with pytest.raises(OnwardError, match="it may have moments for each expert") as caught:
+        load(TrainState.start(whole, Config(method="full")), tmp_path)
+    assert f"onward adopt {tmp_path} --run NEW_RUN --fresh-moments" in str(caught.value.hint)
+
+
 def lora_plus(values: dict[str, Any]) -> None:
     """Give the weights of B another learning rate."""
     group = values["param_groups"][0]
@@ -231,6 +244,10 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "LoRA+": (lora_plus, "different learning rates"),
     "frozen": (frozen_part, "some of the weights were frozen"),
     "weights that sat out": (lambda values: values["state"][0]["step"].sub_(1), "skipped steps"),
+    "weights without moments": (lambda values: values["state"].pop(0), "has no AdamW moments"),
+    "no weights": (each_group(lambda group: group.update(params=[])), "belongs to no weights"),
+    "settings that AdamW has": (each_group(lambda group: group.pop("eps")), "not that of AdamW: KeyError: 'eps'"),
+    "several optimizers": (lambda values: values.update(first=values.pop("param_groups")), "not that of AdamW"),
 }  # fmt: skip
 
 

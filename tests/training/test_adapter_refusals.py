@@ -13,13 +13,17 @@ import pytest
 import small
 import tiny
 import torch
+from peft import LoraConfig, get_peft_model
 from runs import new_run
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from onward import Run
 from onward.config import Config
 from onward.errors import ConfigError, ModelError, OnwardError, VerificationFailed
 from onward.training.checkpoints.checkpoint import write_checkpoint
 from onward.training.model.roundtrip import prove_roundtrip
+from onward.training.model.start_adapter import require_fits_base
 
 
 @pytest.mark.slow
@@ -110,3 +114,22 @@ def test_an_adapter_of_nothing_is_refused() -> None:
         with pytest.raises(ValueError, match=r"train|tokens"):
             Config.model_validate(values)
     assert issubclass(ConfigError, OnwardError)
+
+
+def test_adapters_of_single_experts_are_refused_with_the_way_on(tmp_path: Path) -> None:
+    """Transformers before 5 has a module for each expert, and its adapters do; the command that merges one is named."""
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    small.small_model("olmoe").save_pretrained(base)
+    whole = AutoModelForCausalLM.from_pretrained(base)
+    shape = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], base_model_name_or_path=str(base))
+    get_peft_model(whole, shape).save_pretrained(folder)
+    require_fits_base(folder, base)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    of_expert = {
+        name.replace("self_attn.q_proj", "mlp.experts.3.up_proj"): tensor.clone() for name, tensor in tensors.items()
+    }
+    save_file({**tensors, **of_expert}, folder / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match="do not fit its config") as refused:
+        require_fits_base(folder, base)
+    assert "in an environment with 'transformers<5' and PEFT: python -c " in str(refused.value.hint)
+    assert str(folder) in str(refused.value.hint)

@@ -106,7 +106,8 @@ def read_moments(folder: TrainerFolder, arguments: Arguments, *, one_rate: bool)
         raise UsageError(what, where=path, hint=f"{error.hint}, then adopt again. {fresh_hint(folder.path)}") from None
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise DamagedState(f"this is not that of AdamW: {reason}{named}", where=path) from None
+        hint = fresh_hint(folder.path)
+        raise DamagedState(f"this is not that of AdamW: {reason}{named}", where=path, hint=hint) from None
     return moments
 
 
@@ -173,6 +174,8 @@ def _require_settings(moments: Moments, *, quantizes: bool, one_rate: bool) -> N
         quantizes: whether the optimizer is one of bitsandbytes, whose settings show less.
         one_rate: whether several learning rates become one.
     """
+    if not any(group["params"] for group in moments.groups):
+        raise NotTaken("the optimizer's state is not that of AdamW: it belongs to no weights")
     for group in moments.groups:
         if len(group.get("betas", ())) != len(ADAMW.slots) or not (quantizes or any(sign in group for sign in _SIGNS)):
             raise NotTaken(f"the optimizer's state is not that of AdamW: its settings are {', '.join(sorted(group))}")
@@ -282,6 +285,10 @@ def _named(state: TrainState, moments: Moments, folder: TrainerFolder, left_out:
         if sum(sizes) < sum(expected):
             what += ": some of the weights were frozen"
             hint = f"{hint}\n{_TRAIN}" if not isinstance(state.model, PeftModel) else hint
+        elif any(weight.ndim > 2 for weight in state.parameters.values()):
+            what += (
+                ": it may have moments for each expert, as under transformers before 5, and not for all in one tensor"
+            )
         raise DamagedState(what, where=folder.optimizer, hint=hint)
     names = [name for group in chosen[0] for name in group]
     return {name: moments.entries[key] for name, key in zip(names, order, strict=True) if key in moments.entries}

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from onward.errors import ConfigError, ModelError, Unreadable, first_line
+from onward.text import quoted
 from onward.training.device.errors import is_of_the_device
 from onward.training.layers.fused_lora import ADAPTER
 from onward.training.model.base import ADAPTER_CONFIG
@@ -28,6 +29,8 @@ _WORDS = re.compile(r"[\w.]*\w(?:[,\s]+[\w.]*\w)*")
 """One or more names of modules, which may have dots: `q_proj`, `self_attn.q_proj, mlp.up_proj`."""
 MODULES_TO_SAVE = ".modules_to_save."
 """Part of the name of a fully trained module in the model; PEFT's file omits it."""
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+"""Part of the name of a weight of a single expert."""
 _WITHOUT_DROPOUT = "Set lora.dropout: 0 in onward.yaml."
 
 
@@ -114,8 +117,35 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     expected = adapter_tensors(model, trained)
     wrong = sorted(set(tensors) ^ set(expected)) or sorted(n for n in expected if expected[n].shape != tensors[n].shape)
     if wrong:
-        raise ModelError(f"the adapter's weights do not fit its config: {', '.join(wrong[:3])}", where=folder)
+        hint = _experts_apart(folder) if any(_EXPERT.search(name) for name in wrong if name in tensors) else None
+        raise ModelError(
+            f"the adapter's weights do not fit its config: {', '.join(wrong[:3])}", where=folder, hint=hint
+        )
     set_peft_model_state_dict(model, tensors)
+
+
+def merge_command(folder: Path, base: str | None) -> str:
+    """Return the command with which PEFT merges an adapter into its base, into the folder MERGED.
+
+    Args:
+        base: what the adapter names as its base; None if it names none.
+    """
+    tokenizer = str(folder) if (folder / "tokenizer_config.json").is_file() else base or "BASE"
+    program = (
+        "from peft import AutoPeftModelForCausalLM as M; from transformers import AutoTokenizer as T; "
+        f"M.from_pretrained({str(folder)!r}, dtype='float32').merge_and_unload().save_pretrained('MERGED'); "
+        f"T.from_pretrained({tokenizer!r}).save_pretrained('MERGED')"
+    )
+    return f"python -c {quoted(program)}"
+
+
+def _experts_apart(folder: Path) -> str:
+    """Return what to do about an adapter with weights for each expert on a model that has experts in one tensor."""
+    command = merge_command(folder, saved_adapter_config(folder).base_model_name_or_path)
+    return (
+        "They are weights of single experts, as under transformers before 5; since then, experts are one tensor. Merge "
+        f"it in an environment with 'transformers<5' and PEFT: {command}; then: onward init NEW_RUN --model MERGED"
+    )
 
 
 def adapter_tensors(model: PeftModel, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from onward.config import known_keys
 from onward.errors import DamagedState, ModelError, UsageError
 from onward.text import quoted
-from onward.training.model.adapter import ADAPTER_WEIGHTS
+from onward.training.model.adapter import ADAPTER_WEIGHTS, merge_command
 from onward.training.model.base import ADAPTER_CONFIG
 
 KEYS: Mapping[str, str] = {
@@ -144,14 +144,8 @@ def merge_hint(checkpoint: Path, values: Mapping[str, Any]) -> str:
             f"PEFT cannot merge it into its base ({', '.join(stuck)}): continue it where it was trained, or begin "
             f"again from the base: onward init NEW_RUN --model {base}"
         )
-    own = (checkpoint / "tokenizer_config.json").is_file()
-    tokenizer = str(checkpoint) if own else values.get("base_model_name_or_path") or "BASE"
-    program = (
-        "from peft import AutoPeftModelForCausalLM as M; from transformers import AutoTokenizer as T; "
-        f"M.from_pretrained({str(checkpoint)!r}, dtype='float32').merge_and_unload().save_pretrained('MERGED'); "
-        f"T.from_pretrained({tokenizer!r}).save_pretrained('MERGED')"
-    )
-    return f"Merge it into its base: python -c {quoted(program)}; then: onward init NEW_RUN --model MERGED"
+    command = merge_command(checkpoint, values.get("base_model_name_or_path"))
+    return f"Merge it into its base: {command}; then: onward init NEW_RUN --model MERGED"
 
 
 def _changed_base_hint(path: Path) -> str:

@@ -100,7 +100,7 @@ def require_fits_base(folder: Path, base: Path) -> None:
                 "Name the base on which it was made: --model NAME_OR_PATH. Use one with its own vocabulary "
                 "merged into its base (PEFT's merge_and_unload): onward init NEW_RUN --model MERGED"
             )
-            raise ModelError(error.what, where=folder, hint=hint) from None
+            raise ModelError(error.what, where=folder, hint=error.hint or hint) from None
 
 
 def keep_start_adapter(folder: Path, target: Path) -> None:
