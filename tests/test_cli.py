@@ -10,18 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
 
 import pytest
 import tiny
-import typer
 from commands import make_run, onward, onward_process
-from ledgers import add_file, made_up_run
 
 from onward import cli
-from onward.cli.options import completer
 from onward.profiling import table_of
-from onward.store.ledger import Ledger
 
 HISTORY_KEYS = [
     "position", "name", "state", "sha256", "rows", "rows_trained", "rows_held_out", "rows_replayed",
@@ -329,32 +324,6 @@ def test_a_terminal_of_another_encoding_gets_its_answer(model: Path, tmp_path: P
         shown = onward_process(*arguments, "--run", run, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
         assert (0, "") == (shown.status, shown.err)
     assert "queued" in onward_process("history", "--run", run, PYTHONIOENCODING="ascii").out
-
-
-def test_names_of_files_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that a command takes and a shell needs no quotes for; where there is no run, nothing, and no error."""
-    layout = made_up_run(tmp_path / "run", [("a.jsonl", 1), ("ab.jsonl", 1)], float)
-    with Ledger(layout.ledger) as ledger:
-        for name in ("a b", "a;b", "a\x1b", "ac.jsonl"):
-            add_file(ledger, name, state="queued")
-    monkeypatch.delenv("ONWARD_RUN", raising=False)
-
-    def completed(*states: str, begin: str = "a", **params: object) -> list[str]:
-        return completer(*states)(cast(typer.Context, SimpleNamespace(params=params)), begin)
-
-    assert ["a.jsonl", "ab.jsonl"] == completed("done", run=layout.root)
-    assert ["ab.jsonl"] == completed("done", run=layout.root, begin="ab")
-    assert ["ac.jsonl"] == completed("queued", run=layout.root)
-    assert ["a.jsonl", "ab.jsonl", "ac.jsonl"] == sorted(completed("done", "queued", run=layout.root, begin=""))
-    monkeypatch.chdir(layout.root)
-    assert ["ac.jsonl"] == completed("queued", run=None)
-    monkeypatch.setenv("ONWARD_RUN", str(tmp_path))
-    assert [] == completed("queued")
-    assert ["ac.jsonl"] == completed("queued", run=layout.root)
-    for path in layout.root.glob("ledger.sqlite3*"):
-        path.unlink()
-    layout.ledger.write_bytes(b"garbage " * 1000)
-    assert [] == completed("queued", run=layout.root)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no file here that refuses every write")

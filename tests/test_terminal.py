@@ -31,9 +31,7 @@ from onward.progress import Bar, InOrder, bar_columns, describe
 from onward.service.outside.reporting import NewNotes
 from onward.status import read_history, read_status
 from onward.store.ledger import Ledger, make_ledger
-from onward.store.rows import EventRow
 from onward.terminal import open_standard_streams, tolerant
-from onward.text import duration, size
 
 NASTY = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e.jsonl"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
@@ -292,15 +290,6 @@ def test_an_event_of_several_lines_is_one_line_of_the_screen(tmp_path: Path) -> 
     assert line.endswith("  warning 1 of 1 files rejected: a.jsonl, line 1: empty a.jsonl, line 2: empty")
 
 
-def test_a_hint_can_be_pasted(tmp_path: Path) -> None:
-    """A hint that names a path is one command with that path as one word, whatever characters the path has."""
-    root = tmp_path / "x';touch pwned;'"
-    with pytest.raises(UsageError) as refused:
-        RunLayout(root).require()
-    command = str(refused.value.hint).partition(" makes one")[0]
-    assert ["onward", "init", str(root)] == shlex.split(command)
-
-
 @pytest.mark.parametrize("module", ["typer", "typing", "json", "onward"])
 def test_a_run_holds_no_code(module: str, tmp_path: Path) -> None:
     """`python -m onward` in a run's directory runs no module that lies there."""
@@ -326,19 +315,6 @@ def test_new_events_become_notes(tmp_path: Path) -> None:
         ledger.add_event("warning", "paused by an operator", kind="paused")
         assert [Note("x.jsonl rejected"), Note("paused by an operator")] == notes()
         assert [] == notes()
-
-
-def test_people_read_units() -> None:
-    """Bytes, seconds and speed have units for people; `--json` keeps the plain numbers."""
-    assert ["0 B", "999 B", "1.0 kB", "77.0 GB", "100 MB", "1.0 GB"] == [
-        size(count) for count in (0, 999, 1000, 76981612544, 1e8, 999.6e6)
-    ]
-    assert ["0 s", "42 s", "1 min 1 s", "2 h 5 min", "3 d 4 h"] == [
-        duration(seconds) for seconds in (0.2, 42, 61, 7500, 3 * 86400 + 4 * 3600)
-    ]
-    lines = status_lines({"disk_free_bytes": 80212254720, "tokens_per_second": 148.2, "problem": None}, [])
-    assert ["disk free          80.2 GB", "speed              148 tokens/s"] == lines
-    assert [] == status_lines({}, list[EventRow]())
 
 
 def test_a_shell_completes_names_that_it_takes_as_they_are(tmp_path: Path) -> None:

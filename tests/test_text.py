@@ -1,4 +1,5 @@
 import os
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -6,6 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onward.cli.tables import status_lines
+from onward.errors import UsageError
+from onward.layout import RunLayout
+from onward.store.rows import EventRow
 from onward.text import duration, how_many, printable, quoted, size
 
 ORDINARY = "Grüße, 日本語\u3000\u00a0\U0001f468\u200d\U0001f469 \\n 'x' $HOME"
@@ -86,3 +91,25 @@ def test_sizes_have_at_most_three_digits() -> None:
         150_000_000: "150 MB", 999_499_999: "999 MB", 999_500_000: "1.0 GB", 5 * 10**15: "5000 TB",
     }  # fmt: skip
     assert expected == {count: size(count) for count in expected}
+
+
+def test_a_hint_can_be_pasted(tmp_path: Path) -> None:
+    """A hint that names a path is one command with that path as one word, whatever characters the path has."""
+    root = tmp_path / "x';touch pwned;'"
+    with pytest.raises(UsageError) as refused:
+        RunLayout(root).require()
+    command = str(refused.value.hint).partition(" makes one")[0]
+    assert ["onward", "init", str(root)] == shlex.split(command)
+
+
+def test_people_read_units() -> None:
+    """Bytes, seconds and speed have units for people; `--json` keeps the plain numbers."""
+    assert ["0 B", "999 B", "1.0 kB", "77.0 GB", "100 MB", "1.0 GB"] == [
+        size(count) for count in (0, 999, 1000, 76981612544, 1e8, 999.6e6)
+    ]
+    assert ["0 s", "42 s", "1 min 1 s", "2 h 5 min", "3 d 4 h"] == [
+        duration(seconds) for seconds in (0.2, 42, 61, 7500, 3 * 86400 + 4 * 3600)
+    ]
+    lines = status_lines({"disk_free_bytes": 80212254720, "tokens_per_second": 148.2, "problem": None}, [])
+    assert ["disk free          80.2 GB", "speed              148 tokens/s"] == lines
+    assert [] == status_lines({}, list[EventRow]())

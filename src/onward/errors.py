@@ -7,6 +7,7 @@ The command line prints these without a traceback and exits with `exit_status`:
 from __future__ import annotations
 
 import errno
+import re
 import sqlite3
 from typing import Any, Self
 
@@ -21,6 +22,7 @@ NEWER_RELEASE = (
 """What helps wherever an earlier release meets what a later one wrote."""
 NO_THREAD = "can't start new thread"
 """What Python says if a thread finds no room for its stack."""
+_TOKEN = re.compile(r"hf_\w+")
 _AGAIN = "then the same command again. Nothing was removed."
 _READ_HINT = f"Fix the disk or its mount, {_AGAIN}"
 _READ_HINTS: dict[int | None, str] = {
@@ -161,6 +163,16 @@ class NotMadeHere(OnwardError):
 def first_line(error: BaseException) -> str:
     """Return the first line of an exception's text, or its type if it has no text."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def said_by_hub(error: BaseException) -> tuple[str, int | None]:
+    """Return in one line, without tokens, why a hub could not be used, and the status of its answer; None without one.
+
+    A hub that refuses a request says why apart from the first line.
+    """
+    answer = getattr(error, "response", None)
+    said = " ".join([first_line(error), *str(getattr(error, "server_message", None) or "").split()])
+    return _TOKEN.sub("hf_...", said), getattr(answer, "status_code", None)
 
 
 def is_out_of_space(error: BaseException) -> bool:

@@ -12,7 +12,7 @@ from onward.service.holder import beat_of, is_held, read_heartbeat, read_holder
 from onward.service.knowledge.table import read_table
 from onward.service.shown import BUSY, DOING
 from onward.store.database import Values
-from onward.store.files import HELD, Finished
+from onward.store.files import Finished
 from onward.store.ledger import Ledger, look_into
 from onward.store.rows import EventRow, FileRow, HistoryRow, StepRecord
 
@@ -154,7 +154,7 @@ def read_history(layout: RunLayout, known: dict[Finished, Values] | None = None)
     layout.require()
     with look_into(layout.ledger) as ledger:
         rows = ledger.history(known)
-    return [_entry(row, place) for place, row in enumerate(rows, start=1)]
+    return [_entry(row) for row in rows]
 
 
 def read_grid(layout: RunLayout) -> dict[str, Any]:
@@ -168,9 +168,9 @@ def read_grid(layout: RunLayout) -> dict[str, Any]:
         return read_table(ledger).to_dict()
 
 
-def _entry(row: HistoryRow, place: int) -> dict[str, Any]:
+def _entry(row: HistoryRow) -> dict[str, Any]:
     return {
-        "position": (row.position or place) if row.state in HELD else None,
+        "position": row.expected,
         "name": row.name,
         "state": row.state,
         "sha256": row.sha256,

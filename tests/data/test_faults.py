@@ -16,11 +16,11 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import byte_state, chat_rows, write_jsonl
+from tiny import byte_state, chat_rows
 
 from onward.data.files.columnar.parquet_footer import StatedGroup, stated_groups
 from onward.data.files.containers import SourceFile, check_readable
-from onward.data.files.faults import FileError, SourceChanged, refusal_of
+from onward.data.files.faults import FileError, SourceChanged
 from onward.data.files.limits import DEFAULT_LIMITS, Limits
 from onward.data.files.reading import Reading
 from onward.data.files.sources import read_rows
@@ -28,11 +28,9 @@ from onward.data.report import IntakeReport, Problem
 from onward.data.row_tokenizer import RowTokenizer
 from onward.data.tokenize import tokenize_file
 from onward.digest import sha256_file
-from onward.errors import ModelError
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
-
 ROW_TOKENIZER = RowTokenizer(byte_state(), 200)
 CHATS = chat_rows(6)
 LINES = "".join(json.dumps(row) + "\n" for row in CHATS).encode()
@@ -224,66 +222,6 @@ def test_what_a_parquet_footer_states(tmp_path: Path, options: dict[str, Any]) -
     ]
     with path.open("rb") as file:
         assert expected == stated_groups(file)
-
-
-PANIC = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})  # what Rust's panics look like
-ERRORS = {"index": IndexError("list index out of range"), "overflow": OverflowError(), "panic": PANIC("rust")}
-
-
-class GivesUp(RowTokenizer):
-    """A tokenizer that raises at some rows, as a library may."""
-
-    def prepare(self, record: Any, stop: Callable[[], None] = lambda: None) -> Any:
-        """Raise what the row asks for, before it is tokenized."""
-        text = super().prepare(record, stop)
-        if text.text.startswith("prepare "):
-            raise ERRORS[text.text.split()[1]]
-        return text
-
-    def tokenize(self, rows: Any) -> list[Any]:
-        """Raise what a row asks for, while its chunk is tokenized."""
-        for row in rows:
-            if row.text.startswith("tokenize "):
-                raise ERRORS[row.text.split()[1]]
-        return super().tokenize(rows)
-
-
-def test_the_row_at_which_a_library_gives_up_is_named(tmp_path: Path) -> None:
-    """Whatever rendering and tokenizing raise is a problem of the row that caused it, in a chunk of good ones."""
-    words = ["a", "prepare index", "b", "prepare panic", "tokenize overflow", "c", "tokenize panic"]
-    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in words])
-    tokenizer = GivesUp(byte_state(), 200)
-    report = tokenize_file(path, tmp_path / "tokens", sha256_file(path), tokenizer)
-    remedy = "correct or remove it, then add the file again"
-    expected = [
-        Problem(2, "it cannot be used (IndexError: list index out of range)", remedy),
-        Problem(4, "it cannot be used (PanicException: rust)", remedy),
-        Problem(5, "it cannot be used (OverflowError)", remedy),
-        Problem(7, "it cannot be used (PanicException: rust)", remedy),
-    ]
-    assert expected == report.problems
-
-
-MACHINE = [OSError(getattr(errno, name), name) for name in ("EIO", "EMFILE", "ENFILE", "ESTALE", "ENOSPC", "EDQUOT")]
-NO_THREAD = RuntimeError("can't start new thread")
-NOT_OF_THE_FILE = [*MACHINE, MemoryError(), NO_THREAD, ModelError("no template"), KeyboardInterrupt(), SystemExit()]
-OF_THE_FILE = [OSError(getattr(errno, name), name) for name in ("ENOENT", "EACCES", "EISDIR", "ELOOP")]
-
-
-@pytest.mark.parametrize("error", NOT_OF_THE_FILE, ids=repr)
-def test_what_no_file_is_to_blame_for_is_raised(error: BaseException) -> None:
-    """Errors of the disk, memory, descriptors, threads and the model, and interrupts, refuse no file."""
-    with pytest.raises(type(error)) as raised:
-        refusal_of(error)
-    assert error is raised.value
-
-
-@pytest.mark.parametrize("error", [*OF_THE_FILE, OSError("damaged"), ValueError("\x1b[2Jx"), SystemError()], ids=repr)
-def test_what_a_file_is_to_blame_for_is_a_refusal(error: Exception) -> None:
-    """Everything else becomes a reason that can be printed, with a remedy."""
-    refusal = refusal_of(error)
-    assert refusal.reason.isprintable()
-    assert refusal.remedy
 
 
 @pytest.mark.parametrize("error", [ValueError("stop"), OSError("stop"), FileError("a", "b"), EOFError()], ids=repr)

@@ -7,7 +7,6 @@ from trait_templates import template_text
 from onward.data.row_types import Chat, RowError
 from onward.data.rows.records import parse_record
 from onward.data.rows.template import ChatTemplate
-from onward.data.templates.rendering import Renderer
 from onward.data.tokenizer import TokenizerState
 from onward.errors import ModelError
 
@@ -340,17 +339,3 @@ def test_a_prompt_that_depends_on_what_is_asked(decides: str, content: str) -> N
     assert ["A<|im_end|>"] == pieces(asked, chat("q", "A"))
     with pytest.raises(RowError, match="is not what the model gets at inference"):
         asked.render(chat(content, "A"))
-
-
-def test_templates_that_only_write_contents_are_proven_once() -> None:
-    """They may look whether there is a text, of which type it is, and for pieces of text in it; the words are marks."""
-    for test, weighs in {
-        "m.content": False, "m.content is string": False, "m.content|trim|length > 0": False,
-        "m['content'] is not none and not m.tool_calls": False, "m.content.split('</think>')[-1]": False,
-        "'yes' in m.content": False, "m.content|length > 5": True, "m.content[0] == 'x'": True, "m.content|int": True,
-    }.items():  # fmt: skip
-        reads = Renderer(
-            f"{{% for m in messages %}}{{% if {test} %}}{{{{ m.content }}}}{{% endif %}}{{% endfor %}}", {}
-        ).reads()
-        assert (test, weighs) == (test, reads.weighs)
-        assert ("yes" in test) == ("yes" in reads.marks)

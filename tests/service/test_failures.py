@@ -8,11 +8,10 @@ import threading
 from collections import namedtuple
 from collections.abc import Callable
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock, call
+from unittest.mock import MagicMock
 
 import pytest
 import tiny
@@ -24,13 +23,8 @@ from onward import Run
 from onward.data.plan.loader import Batch
 from onward.errors import ModelError, NothingTrained, TrainingError
 from onward.events import FileDone, Note, StepTaken
-from onward.service.holder import read_heartbeat
 from onward.service.owner import disk
-from onward.service.owner.alongside.heartbeat import Heartbeat
-from onward.service.owner.crashes import Crash, Deaths
 from onward.service.owner.recovery import Recovery
-from onward.service.pauses import LONGEST, pause_after
-from onward.service.shown import FAILED
 from onward.service.wishes import Wishes
 from onward.status import read_status
 from onward.store.ledger import Ledger
@@ -252,29 +246,6 @@ def test_deaths_in_one_file_are_counted(
     assert run.verify().ok
 
 
-def test_a_process_waits_longer_after_each_death_from_the_third_on() -> None:
-    """The first deaths in one place cost no time; then each wait is twice the one before, up to five minutes. A start
-    that fails and is tried again does not wait again.
-    """
-    counts = (*range(6), 10, 11, 2000)
-    waits = [Crash("training", None, Deaths(count=count)).waits for count in counts]
-    assert [0, 0, 0, 2, 4, 8, 256, 300, 300] == waits
-    owned = MagicMock(wishes=SimpleNamespace(pending=True))  # so that no time is spent
-    recovery = Recovery(owned, Crash("training", None, Deaths(step=5, count=4)))
-    recovery.after_death()
-    recovery.after_death()
-    assert [call(FAILED, "the process died 4 times after step 5; goes on in 4 s")] == owned.shown.set.mock_calls
-
-
-@pytest.mark.parametrize("first", [0.05, 1.0, 2.0, 10.0])
-def test_pauses_double_up_to_a_limit_whatever_fails_for_however_long(first: float) -> None:
-    """A disk that is full for an hour, or a server that is gone for a month, fails more often than a float doubles."""
-    pauses = [pause_after(failures, first) for failures in (*range(1, 2000), 10**6, 10**400)]
-    assert [first, 2 * first, 4 * first] == pauses[:3]
-    assert all(after == min(2 * before, LONGEST) for before, after in pairwise(pauses))
-    assert 300.0 == pauses[-1] == LONGEST
-
-
 @pytest.mark.parametrize("missing", [0, 1])
 def test_room_is_what_is_needed_and_the_margin(run: Run, monkeypatch: pytest.MonkeyPatch, missing: int) -> None:
     """A daemon waits if one byte is missing of both together, and for nothing if none is; a stop that ends the wait is
@@ -353,22 +324,3 @@ def test_a_notification_that_fails_is_a_line_in_the_log(run: Run) -> None:
     assert 0 == run.watch(once=True)
     assert {"done"} == set(states(run).values())
     assert "notify.command failed" in run.layout.log.read_text()
-
-
-def test_the_heartbeat_tells_a_hung_step_from_a_dead_process(run: Run) -> None:
-    """A step that takes 20 times as long as the last one hangs; a clock that went back shows no age below zero."""
-    now = {"at": 100.0}
-    heart = Heartbeat(run.layout.ledger, clock=lambda: 1000.0, monotonic=lambda: now["at"])
-    heart.expect_step(5.0)
-    now["at"] += 99.0
-    assert not heart.hangs
-    now["at"] += 2.0
-    assert heart.hangs
-    heart.beat()
-    with Ledger(run.layout.ledger, read_only=True) as ledger:
-        fact = ledger.get("heartbeat")
-    assert (0.0, "the current step hangs: no progress for 101 s") == read_heartbeat(fact, 900.0)
-    age, problem = read_heartbeat(fact, 1031.0)
-    assert (31.0, True) == (age, "no heartbeat for 31 s" in str(problem))
-    heart.moved()
-    assert not heart.hangs

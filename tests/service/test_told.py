@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from daemons import LONG, SETTINGS, end, hold, is_in, rows_file, until, watch
 from runs import new_run
 from states import assert_same_state
@@ -19,6 +20,7 @@ from onward.atomic import remove_tree
 from onward.data.plan.loader import Batch
 from onward.errors import FileRejected, NoSpace
 from onward.events import Event, FileDone, Hub, Note, StepTaken
+from onward.service.holder import read_heartbeat
 from onward.service.owner.alongside.heartbeat import Heartbeat
 from onward.service.owner.process import OpenedRun, account, operate
 from onward.service.owner.recovery import Recovery
@@ -151,8 +153,6 @@ class Hook:
         self._shown = shown
 
     def __call__(self, boundary: Boundary) -> dict[str, Any]:
-        import torch
-
         self.seen.append((boundary.step, boundary.file, boundary.model.training, self._shown.state))
         return {"random": torch.rand(()).item(), "rows": boundary.plan.steps}
 
@@ -213,3 +213,22 @@ def test_a_night_with_a_full_disk_is_told_a_few_times() -> None:
     recovery.succeeded()
     recovery.outlive(NoSpace("no room"), full=True)
     assert "1" == told[-1]
+
+
+def test_the_heartbeat_tells_a_hung_step_from_a_dead_process(run: Run) -> None:
+    """A step that takes 20 times as long as the last one hangs; a clock that went back shows no age below zero."""
+    now = {"at": 100.0}
+    heart = Heartbeat(run.layout.ledger, clock=lambda: 1000.0, monotonic=lambda: now["at"])
+    heart.expect_step(5.0)
+    now["at"] += 99.0
+    assert not heart.hangs
+    now["at"] += 2.0
+    assert heart.hangs
+    heart.beat()
+    with Ledger(run.layout.ledger, read_only=True) as ledger:
+        fact = ledger.get("heartbeat")
+    assert (0.0, "the current step hangs: no progress for 101 s") == read_heartbeat(fact, 900.0)
+    age, problem = read_heartbeat(fact, 1031.0)
+    assert (31.0, True) == (age, "no heartbeat for 31 s" in str(problem))
+    heart.moved()
+    assert not heart.hangs

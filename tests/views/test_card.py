@@ -7,13 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import yaml
+from faults import copy_run
 from ledgers import made_up_run
 
+from onward import Run
 from onward.layout import RunLayout
+from onward.service.lock import RunLock
+from onward.training.model.base import digest_base
 from onward.training.model.embedded import EMBEDDED
-from onward.views.export.card import BaseFacts, base_facts, proof_of, write_card
-from onward.views.points import Point
+from onward.views.export.card import BaseFacts, base_facts, proof_of, verify_now, write_card
+from onward.views.export.export import Wanted, export
+from onward.views.points import Point, hold
 
 BASE = BaseFacts("org/small_one", "abc", "MIT")
 
@@ -119,3 +125,39 @@ def test_a_proof_that_fails_is_told() -> None:
     """With what does not hold."""
     text = proof_of({"files": True, "hashes": False, "counters": False})
     assert "`onward verify` when this was written: FAILED: hashes, counters (files, hashes, counters)." == text
+
+
+def test_the_card(stream: Path, model: Path, tmp_path: Path) -> None:
+    """It has the base with its digest, every file with its hash, the config, the proof and a picture of every step."""
+    layout = RunLayout(copy_run(stream, tmp_path / "run"))
+    (tmp_path / "card").mkdir()
+    with hold(layout) as point:
+        facts = base_facts(layout, model, digest_base(model))
+        write_card(layout, point, facts, tmp_path / "card", {"Format": "adapter"}, verify_now(layout))
+        text = (tmp_path / "card" / "README.md").read_text()
+        with RunLock(layout.lock):
+            write_card(layout, point, facts, tmp_path / "card", {}, verify_now(layout))
+    assert "`onward verify` was not run: another process owns this run" in (tmp_path / "card" / "README.md").read_text()
+    front = yaml.safe_load(text.split("---")[1])
+    assert {"pipeline_tag": "text-generation", "tags": ["onward"]} == front
+    for entry in Run(layout.root).history():
+        assert f"`{entry['sha256']}`" in text
+    for words in (digest_base(model), "everything holds", "learning_rate: 0.05", "Licence of the base | unknown"):
+        assert words in text
+    assert "## What it knows" in text
+    assert "## Measured at boundaries" not in text
+    picture = (tmp_path / "card" / "loss.svg").read_text()
+    assert 5 == len(re.findall(r"points=\"([^\"]+)\"", picture)[0].split())
+    assert 2 == picture.count("<line")
+
+
+def test_names_in_a_card_are_text(stream: Path, model: Path, tmp_path: Path) -> None:
+    """A file's name with Markdown, HTML or an escape sequence in it stays a name."""
+    run = Run(copy_run(stream, tmp_path / "run"))
+    name = "<img src=x>|[a](b)\x1b[2J.jsonl"
+    run.train(tiny.write_jsonl(tmp_path / name, tiny.chat_rows(1, seed=9)))
+    export(run.layout, Wanted(tmp_path / "out"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert r"&lt;img src=x&gt;\|\[a\](b)" in card
+    assert "<img" not in card
+    assert "\x1b" not in card

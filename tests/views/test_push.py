@@ -143,7 +143,7 @@ def test_a_push_that_fails_is_one_line(hub: Any, stream: Path) -> None:
     """With the way to log in, where a token is wrong, of which nothing is shown; a hub that is not there is one too."""
     os.environ["HF_TOKEN"] = "hf_another"
     outcome = onward("push", "me/model", "--run", stream)
-    assert_refused(outcome, 1, "the hub refuses", "hf auth login")
+    assert_refused(outcome, 1, "the hub refuses", "Invalid credentials", "hf auth login")
     assert "hf_another" not in outcome.err
     assert_refused(onward("push", "no such/na me", "--run", stream), 2, "OWNER/NAME")
     os.environ["HF_ENDPOINT"] = "http://127.0.0.1:1"

@@ -221,7 +221,11 @@ class Files(Ranges):
         totals = kept | {values.pop("file_id"): values for values in self._totals(missing, all_files=not kept)}
         known.clear()
         known.update((_finished(row), totals[row["id"]]) for row in rows if row["finished"] and row["id"] in totals)
-        return [HistoryRow(**row, **totals.get(row["id"], NO_TOTALS)) for row in rows]
+        expected = [row["position"] or place if row["state"] in HELD else None for place, row in enumerate(rows, 1)]
+        return [
+            HistoryRow(**row, expected=place, **totals.get(row["id"], NO_TOTALS))
+            for row, place in zip(rows, expected, strict=True)
+        ]
 
     def _totals(self, file_ids: Sequence[int], *, all_files: bool) -> list[Values]:
         """Return the totals of the steps of files; files without steps have no row."""

@@ -112,8 +112,7 @@ def states_named(ledger: Ledger, text: str, steps: Sequence[int]) -> list[str]:
 
 def _expected(ledger: Ledger, text: str, rows: Sequence[FileRow]) -> str | None:
     """Return what names, among some rows, the waiting file that `history` shows at a position; None for any other."""
-    held = [row.id for row in ledger.history() if row.state in HELD]
-    places = {str(place): id_ for place, id_ in enumerate(held, start=1)}
+    places = {str(row.expected): row.id for row in ledger.history()}
     found = next((row for row in rows if row.id == places.get(text.removeprefix(FILE))), None)
     if found is None:
         return None

@@ -92,8 +92,13 @@ class FileRow:
 
 @dataclass(frozen=True)
 class HistoryRow(FileRow):
-    """A file with the totals of its step records; None if no step was trained."""
+    """A file with the totals of its step records; None if no step was trained.
 
+    `expected` is its position, or the one that it gets if it waits and nothing is put before it; None for a file that
+    was taken out of the stream.
+    """
+
+    expected: int | None
     trained: int | None
     steps: int | None
     step_from: int | None

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from onward.data.files.formats import format_of
-from onward.errors import UsageError, first_line
+from onward.errors import UsageError, said_by_hub
 from onward.text import printable, quoted
 
 SCHEME = "hf:"
@@ -111,7 +111,7 @@ class Hub:
             raise
         except Exception as error:  # from the network, its libraries, or the Hub
             raise UsageError(
-                f"the data set {name.repository} cannot be fetched: {first_line(error)}",
+                f"the data set {name.repository} cannot be fetched: {said_by_hub(error)[0]}",
                 where=str(name),
                 hint="Check the name and the network; if it needs a login: hf auth login. Nothing was added.",
             ) from None

@@ -14,7 +14,7 @@ from typing import Any, cast
 from onward.atomic import replace_file
 from onward.config import Config
 from onward.digest import sha256_json, xxh3_file
-from onward.errors import ModelError, first_line
+from onward.errors import ModelError, said_by_hub
 from onward.layout import RunLayout, typed_path
 from onward.text import quoted
 from onward.training.model.embedded import EMBEDDED, cache_directory, ensure_embedded, find_embedded
@@ -184,11 +184,10 @@ def _from_hub(name: str, revision: str | None, *, download: bool, report: Callab
 
 
 def _not_downloaded(name: str, error: Exception) -> ModelError:
-    """Return what to raise for a download that failed; a hub that refuses one says why apart from its first line."""
-    said, response = str(getattr(error, "server_message", None) or ""), getattr(error, "response", None)
-    words = " ".join([first_line(error), *said.split()])
+    """Return what to raise for a download that failed."""
+    words, status = said_by_hub(error)
     hint = "Check the name and the network, or give a folder: --model PATH"
-    if getattr(response, "status_code", None) in (401, 403, 404):  # a hub does not tell strangers what is private
+    if status in (401, 403, 404):  # a hub does not tell strangers what is private
         hint = "Check the name. For a private or gated model: ask for access on its page, then hf auth login"
     return ModelError(f"the model {name!r} cannot be downloaded: {words}", where="model", hint=hint)
 

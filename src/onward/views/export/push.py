@@ -12,14 +12,13 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-from onward.errors import OnwardError, UsageError, first_line
+from onward.errors import OnwardError, UsageError, first_line, said_by_hub
 from onward.layout import RunLayout
 from onward.text import quoted
 from onward.training.model.quiet import quiet
 from onward.views.export.export import Wanted, export
 from onward.views.points import own_folder
 
-_TOKEN = re.compile(r"hf_\w+")
 _LOADED = re.compile(r"adapter_config\.json|(adapter_|pytorch_)?model[^/]*\.(safetensors|bin)(\.index\.json)?")
 """Files of a repository that libraries look for by name: weights, and what makes them those of an adapter."""
 LOGIN = "Log in with: hf auth login; or set HF_TOKEN to a token that may write."
@@ -103,10 +102,9 @@ def _refusals(repository: str) -> Generator[None]:
     except OnwardError:
         raise
     except Exception as error:  # from the network, its libraries, or the hub
-        what = _TOKEN.sub("hf_...", first_line(error))
-        response = getattr(error, "response", None)
-        if response is None:
+        what, status = said_by_hub(error)
+        if status is None:
             hint = "Check the network, then type the same command again."
             raise OnwardError(f"the upload failed: {what}", where=repository, hint=hint) from None
-        hint = LOGIN if getattr(response, "status_code", None) in (401, 403) else None
+        hint = LOGIN if status in (401, 403) else None
         raise OnwardError(f"the hub refuses: {what}", where=repository, hint=hint) from None
