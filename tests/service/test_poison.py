@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from runs import new_run
 from onward import Run
 from onward.errors import FileRejected
 from onward.layout import RunLayout
+from onward.service.intake import refusals
 from onward.service.intake.budget import Budget, BudgetSpent, Spending
 from onward.service.intake.checking import Intake
 from onward.service.intake.file_check import ATTEMPTS
@@ -199,6 +201,31 @@ def test_an_unread_file_is_withdrawn(run: Run) -> None:
         assert not intake.check_next()
     assert [] == list(run.layout.inbox.iterdir())
     assert (run.layout.rejected / "a.jsonl").is_file()
+
+
+@pytest.mark.parametrize("fails", ["the report", "the ledger"])
+def test_a_skip_that_ends_halfway_brings_no_unread_file_back(
+    fails: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits as before, or it is out: a file that is skipped by the ledger and still in the inbox is seen again."""
+    tiny.write_jsonl(run.layout.inbox / "a.jsonl", tiny.chat_rows(3))
+    with Ledger(run.layout.ledger) as ledger:
+        announce(run.layout, ledger, "a.jsonl")
+        intake, row = Intake(run.layout, ledger), ledger.announced()[0]
+
+        def refuse(*_: object, **__: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(*((refusals, "replace_json") if fails == "the report" else (ledger, "move_file")), refuse)
+            with pytest.raises(OSError, match="No space"):
+                intake.withdraw(row, "no use")
+        assert {"a.jsonl": "arriving"} == states(ledger)
+        assert (fails == "the report") == (run.layout.inbox / "a.jsonl").exists()
+        announce(run.layout, ledger, "a.jsonl")
+        while intake.check_next():
+            pass
+        assert ({"a.jsonl": "queued"} if fails == "the report" else {}) == states(ledger)
 
 
 def test_the_order_does_not_depend_on_who_read_first(run: Run) -> None:

@@ -134,17 +134,15 @@ class Intake:
         Raises:
             OnwardError: the file is no longer arriving.
         """
+        refusal = Refusal.of_training(row.name, reason, "to train it after all, add it again")
+        if row.is_announced:  # first, since after a kill or on a full disk it would be seen in the inbox again
+            self._settling.put_aside(row, refusal)
         with self.ledger.transaction():
             if self.ledger.file(row.id).state != "arriving":
                 raise OnwardError(f"{row.name} is no longer arriving", where=f"file id {row.id}")
             self.ledger.move_file(row.id, "skipped", note=reason)
-        refusal = Refusal.of_training(row.name, reason, "to train it after all, add it again")
-        places = [self.layout.dropped(row.inbox)] if row.inbox else []
-        copy = self.ledger.file(row.id).copy
-        places += [self.layout.kept(copy)] if copy else []
-        path = next((place for place in reversed(places) if look(place) is not None), None)
-        if path is not None:
-            keep_refused(self.layout, path, refusal, self.ledger.clock(), move=True)
+        if (read := self.ledger.file(row.id)).copy:
+            self._settling.put_aside(read, refusal)
         self.ledger.add_event("warning", f"skipped {row.name}: {reason}")
         return f"skipped {row.name}"
 

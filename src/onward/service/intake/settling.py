@@ -86,6 +86,14 @@ class Settling:
             if not refusal:
                 self._remove_copy(row)
 
+    def put_aside(self, row: FileRow, refusal: Refusal) -> None:
+        """Move a file into `rejected/`, if it is still in the inbox or in the archive."""
+        places = [self.layout.kept(row.copy)] if row.copy else []
+        places += [self.layout.dropped(row.inbox)] if row.inbox else []
+        path = next((place for place in places if look(place) is not None), None)
+        if path is not None:
+            keep_refused(self.layout, path, refusal, self.ledger.clock(), move=True)
+
     def withdraw(self, command: str) -> None:
         """Drop all files of a command that failed."""
         for row in self.ledger.arriving(command):
