@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import tiny
+from browsers import opened_browser
 from ledgers import made_up_run
 from page_runs import FILES, falling
 
@@ -45,3 +46,10 @@ def page(made: RunLayout) -> Iterator[Any]:
 
     with serve([made.root]) as served:
         yield served
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    """A browser; what a page's script got wrong is in its `wrong`."""
+    with opened_browser() as context:
+        yield context

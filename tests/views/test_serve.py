@@ -19,9 +19,7 @@ from typing import Any
 import pytest
 import tiny
 from addresses import NEEDS_IPV6
-from commands import assert_refused, onward
 from daemons import until
-from documented import DOCS, blocks_for, prepare
 from faults import copy_run
 from processes import start_command
 
@@ -34,7 +32,6 @@ from onward.views.points import hold, state_mark
 
 uvicorn = pytest.importorskip("uvicorn", reason="onward[serve] is not installed")
 pytest.importorskip("starlette", reason="onward[serve] is not installed")
-
 from onward.views.serve.app import Service  # noqa: E402
 from onward.views.serve.server import Following, hosts_of  # noqa: E402
 from onward.views.web.listening import listen, url_of  # noqa: E402
@@ -331,31 +328,3 @@ def test_the_command(name: str, stream: Path, tmp_path: Path) -> None:
     process.join()
     assert 0 == process.exitcode
     assert [] == [word for word in ("Traceback", "interrupted", "ended by") if word in output.read_text()]
-
-
-def test_the_commands_of_the_documentation_run(
-    stream: Path, program: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """OpenAI's client asks a run as docs/serve.md says."""
-    pytest.importorskip("openai", reason="the client is not installed")
-    prepare(program, model, tmp_path, monkeypatch)
-    (tmp_path / "my-run").symlink_to(stream)
-    (block,) = blocks_for("test_serve", DOCS / "serve.md")
-    block.run()
-
-
-def test_what_cannot_be_served_is_refused(stream: Path) -> None:
-    """A port that is taken, other machines without a key, two states at once."""
-    taken = listen("127.0.0.1", 0)
-    with taken:
-        port = taken.getsockname()[1]
-        assert_refused(onward("serve", "--port", port, "--run", stream), 2, "cannot listen there", "--port 0")
-    assert_refused(onward("serve", "--host", "0.0.0.0", "--run", stream), 2, "ONWARD_API_KEY")
-    assert_refused(onward("serve", "--at", "1", "--follow", "--run", stream), 2, "Leave one out")
-
-
-@pytest.mark.parametrize("key", ["secret\n", " secret", "schlüssel", "\udcff"])
-def test_a_key_that_no_client_could_send_is_refused(key: str, stream: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line end that came along with a secret would shut out every client; the variable is named."""
-    monkeypatch.setenv("ONWARD_API_KEY", key)
-    assert_refused(onward("serve", "--port", 0, "--run", stream), 2, "ONWARD_API_KEY", "openssl rand")
