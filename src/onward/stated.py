@@ -15,19 +15,31 @@ NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 """Read errors that mean that there is no such file; all others say nothing about it."""
 
 
+def read_if_there(path: Path) -> bytes | None:
+    """Return the content of a file; None if there is no such file.
+
+    Raises:
+        Unreadable: it cannot be read now.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        if error.errno in NO_SUCH_FILE:
+            return None
+        raise Unreadable.of(error, path) from None
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Return the content of a manifest; empty if it is not JSON, None if there is no manifest.
 
     Raises:
         Unreadable: it cannot be read now.
     """
-    path = folder / MANIFEST
+    content = read_if_there(folder / MANIFEST)
+    if content is None:
+        return None
     try:
-        values = json.loads(path.read_bytes())
-    except OSError as error:
-        if error.errno in NO_SUCH_FILE:
-            return None
-        raise Unreadable.of(error, path) from None
+        values = json.loads(content)
     except (ValueError, RecursionError):
         return {}
     return cast(dict[str, Any], values) if isinstance(values, dict) else {}

@@ -15,12 +15,13 @@ from onward.atomic import remove_tree, replace_file
 from onward.config import Config
 from onward.data.tokenized import Row, TokenizedFile, TokenizedWriter, pack
 from onward.digest import sha256_json, xxh3_file
-from onward.errors import ConfigError, DamagedState, Unreadable
+from onward.errors import ConfigError, DamagedState
 from onward.layout import RunLayout
 from onward.service.session import Session
-from onward.stated import NO_SUCH_FILE
+from onward.stated import read_if_there
 from onward.store.ledger import Ledger
 from onward.training.measuring.scores import Meter
+from onward.training.model.capacity import anchor_excess
 from onward.training.steps.anchor import TOP, AnchorTerm, top_of
 
 Kept = TypeVar("Kept")
@@ -44,9 +45,8 @@ def anchor_rows(session: Session, config: Config, base: Callable[[], Meter]) -> 
     folder = session.layout.anchor / _name(session, config)
 
     def write() -> None:
-        limit = session.capacity.learned_positions
-        if limit is not None and config.anchor.tokens > limit:  # on a GPU the process could not go on after the attempt
-            what = f"anchor.tokens is {config.anchor.tokens}, the model has learned {limit} positions"
+        what = anchor_excess(session.capacity, config)
+        if what:  # on a GPU the process could not go on after the attempt
             hint = "Set fewer in the config, and take out the file that has begun with it: onward skip"
             raise ConfigError(what, where="anchor.tokens", hint=hint)
         _keep(folder, base().write((config.anchor.rows, config.anchor.tokens), _first_token(session)))
@@ -136,13 +136,8 @@ def _texts(folder: Path) -> tuple[str, TokenizedFile] | None:
 
 
 def _content(path: Path) -> tuple[str, bytes] | None:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        if error.errno not in NO_SUCH_FILE:
-            raise Unreadable.of(error, path) from None
-        return None
-    return xxhash.xxh3_128_hexdigest(content), content
+    content = read_if_there(path)
+    return None if content is None else (xxhash.xxh3_128_hexdigest(content), content)
 
 
 def _first_token(session: Session) -> int:

@@ -27,6 +27,7 @@ from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
 from onward.training.boundary import Boundary
 from onward.training.measuring.scores import Compute, Meter
+from onward.training.model.capacity import anchor_excess
 from onward.training.model.load import build_model
 from onward.training.seeds import fold
 from onward.training.steps.anchor import AnchorTerm
@@ -222,11 +223,10 @@ class Evaluation:
         return Meter(model.requires_grad_(False), self._compute(config), self.writers)
 
     def _measure_anchor(self, now: _Now) -> None:
-        anchor, limit = now.config.anchor, self._session.capacity.learned_positions
+        anchor = now.config.anchor
         if not anchor.rows or not now.measuring.texts_that_fit(anchor.rows, anchor.tokens):
             return  # then they need not be written yet either
-        if limit is not None and anchor.tokens > limit:
-            why = f"anchor.tokens is {anchor.tokens}, the model has learned {limit} positions"
+        if why := anchor_excess(self._session.capacity, now.config):
             self._ledger.add_event("warning", f"the anchor was not measured here: {why}", now.step)
             return
         texts = anchor_rows(self._session, now.config, now.measuring.base)

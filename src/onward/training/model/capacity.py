@@ -95,13 +95,18 @@ def require_positions(capacity: Capacity, config: Config) -> None:
         ConfigError: they may.
     """
     require_fits(capacity, max_length=config.max_length)
-    anchor, positions = config.anchor, capacity.learned_positions
-    if positions is not None and anchor.weight and anchor.rows and anchor.tokens > positions:
-        raise ConfigError(
-            f"anchor.tokens is {anchor.tokens}, the model has learned {positions} positions",
-            where="anchor.tokens",
-            hint=f"Set anchor.tokens to at most {positions}: --set anchor.tokens={positions}, or in the config.",
-        )
+    if config.anchor.weight and config.anchor.rows and (what := anchor_excess(capacity, config)):
+        positions = capacity.learned_positions
+        hint = f"Set anchor.tokens to at most {positions}: --set anchor.tokens={positions}, or in the config."
+        raise ConfigError(what, where="anchor.tokens", hint=hint)
+
+
+def anchor_excess(capacity: Capacity, config: Config) -> str:
+    """Return in words that anchor texts are longer than the positions that a model has learned; empty if they fit."""
+    tokens, positions = config.anchor.tokens, capacity.learned_positions
+    if positions is None or tokens <= positions:
+        return ""
+    return f"anchor.tokens is {tokens}, the model has learned {positions} positions"
 
 
 def require_embedded(capacity: Capacity, tokenizer: TokenizerState) -> None:
