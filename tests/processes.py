@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
@@ -26,6 +26,8 @@ from onward.service.wishes import Wishes
 _CHOOSING, _POLLING = threading.Lock(), threading.Lock()
 """The second one because a process that starts another one asks of all others whether they have ended, and of two
 threads that ask of the same at once, one gets 255 for its exit status."""
+COVERAGE, COVERAGE_LATER = "COVERAGE_PROCESS_CONFIG", "ONWARD_TESTS_COVERAGE"
+"""The variable by which coverage measures a process from its start on, and what keeps its value for `measured`."""
 IMPORTED = ["processes", "onward.service.owner.daemon"]
 """What the process has imported that others are forked from; without a GPU it has also built a model (`preloaded`)."""
 
@@ -39,7 +41,7 @@ def _context() -> Any:
 def _chosen() -> Any:
     """Return how processes are started: forked from one that imported everything, where such a one can use the GPU."""
     server, has_gpu = multiprocessing.get_context("forkserver"), torch.cuda.is_available()
-    server.set_forkserver_preload([*IMPORTED, *([] if has_gpu else ["preloaded"])])
+    server.set_forkserver_preload([*IMPORTED, *([] if has_gpu else ["preloaded"]), "measured"])
     _start_server()
     if not has_gpu:
         return server
@@ -55,14 +57,24 @@ def _use_gpu() -> None:
 
 def _start_server() -> None:
     """Start the process that others are forked from; Python 3.11 hands it no `sys.path` to find this module with."""
-    given = {"PYTHONPATH": os.environ.get("PYTHONPATH"), "PYTORCH_NVML_BASED_CUDA_CHECK": None}
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), given["PYTHONPATH"])))
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # else a process that looked for a GPU could not be forked
+    changed = {
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH")))),
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # else a process that looked for a GPU could not be forked
+        COVERAGE_LATER: os.environ.get(COVERAGE),
+        COVERAGE: None,
+    }
+    given = {name: os.environ.get(name) for name in changed}
+    _set(changed)
     try:
         forkserver.ensure_running()
     finally:
-        for name, value in given.items():
-            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+        _set(given)
+
+
+def _set(variables: Mapping[str, str | None]) -> None:
+    """Set variables of the environment; None removes one."""
+    for name, value in variables.items():
+        os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
 def _started(process: Any) -> BaseProcess:

@@ -61,6 +61,19 @@ def test_a_store_of_mlflow_that_was_lost_is_filled_again(tmp_path: Path) -> None
     assert [(step + 2, step, 1) for step in range(1, 6)] == [tuple(point) for point in points]
 
 
+def test_mlflow_takes_results_of_any_name() -> None:
+    """What it refuses in a name becomes an underscore; all else stays."""
+    pytest.importorskip("mlflow", reason="pip install 'onward[mlflow]'")
+    from mlflow.utils.validation import _validate_metric_name
+
+    from onward.views.trackers.to_mlflow import accepted
+
+    names = ["loss", "eval/acc@5", "eval/été 1.jsonl", "a//b", "/a", "../a/..", "a:b", "", "a" * 300, "tab\t/new\nline"]
+    for name in names:
+        _validate_metric_name(accepted(name))
+    assert ["loss", "eval/acc_5", "eval/été 1.jsonl", "a/_/b", "_/a", "_/a/_"] == [accepted(name) for name in names[:6]]
+
+
 def scenario(folder: Path, name: str, look: Callable[[RunLayout], dict[str, Any]]) -> dict[str, Any]:
     """Tell a tracker of a run from several processes, with a rollback in between; return what it then holds."""
     if importlib.util.find_spec(name) is None:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,8 +19,10 @@ EXPERIMENT = "onward"
 """The experiment, unless `MLFLOW_EXPERIMENT_NAME` names another."""
 TAG = "onward.run"
 """The tag with the run's id, by which a run created right before a kill is found again."""
-METRICS, PARAMS, VALUE_LENGTH = 1000, 100, 6000
-"""What MLflow accepts in one call, and the most characters of a parameter."""
+METRICS, PARAMS, VALUE_LENGTH, NAME_LENGTH = 1000, 100, 6000, 250
+"""What MLflow accepts in one call, and the most characters of a parameter and of a metric's name."""
+_REFUSED = re.compile(r"[^\w.\- :]|^\.+|^$")
+"""What MLflow refuses in a part of a metric's name, which it takes for the path of a file."""
 
 
 class MlflowTracker:
@@ -42,7 +45,7 @@ class MlflowTracker:
         batch: list[Metric] = []
         for point in points:
             time = int(point.time * 1000)
-            metrics = [Metric(name, value, time, point.number) for name, value in point.values.items()]
+            metrics = [Metric(accepted(name), value, time, point.number) for name, value in point.values.items()]
             if len(batch) + len(metrics) > METRICS:
                 self._client.log_batch(self.id, metrics=batch)
                 batch = []
@@ -85,6 +88,11 @@ class MlflowTracker:
             self._client.log_batch(made.info.run_id, params=params[start : start + PARAMS])
         self._client.log_batch(made.info.run_id, tags=[RunTag("mlflow.source.name", "onward")])
         return made.info.run_id
+
+
+def accepted(name: str) -> str:
+    """Return the name under which MLflow accepts a metric: results of an evaluation have any (`acc@5`)."""
+    return "/".join(_REFUSED.sub("_", part) for part in name.split("/"))[:NAME_LENGTH]
 
 
 def _local_store(run: TrackedRun) -> str:
