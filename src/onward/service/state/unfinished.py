@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onward.atomic import TEMPORARY_PREFIX, remove_temporaries, remove_tree, replace_file, replace_files
-from onward.errors import DamagedState, NoSpace, OnwardError, UsageError, is_out_of_space
+from onward.errors import DamagedState, OnwardError, cannot_write
 from onward.layout import RunLayout, entries
 from onward.store.ledger import Ledger, ledger_in_making, remove_unfinished
 from onward.training.model.base import OWN_ADAPTER, OWN_BASE
@@ -46,7 +46,7 @@ def in_making(layout: RunLayout) -> Generator[Unfinished]:
     """Make a run in the body: its directory is one when the body is done, and is as it was if that fails.
 
     Raises:
-        UsageError, NoSpace: its folders cannot be made.
+        OnwardError: its folders cannot be made.
     """
     free = [name for name in (*_WHOLE, *_EMPTY) if not os.path.lexists(layout.root / name)]
     try:
@@ -66,10 +66,7 @@ def in_making(layout: RunLayout) -> Generator[Unfinished]:
 
 def cannot_be_made(layout: RunLayout, error: OSError) -> OnwardError:
     """Return what to raise where the system refuses a directory for a run."""
-    what, where = f"the run cannot be made: {error.strerror}", layout.root.absolute()
-    if is_out_of_space(error):
-        return NoSpace(what, where=where, hint="Free some space, or name another directory.")
-    return UsageError(what, where=where, hint="Name another directory, or let this user write there.")
+    return cannot_write(error, layout.root.absolute(), "the run cannot be made")
 
 
 def remove_unfinished_run(layout: RunLayout) -> None:
