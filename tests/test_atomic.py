@@ -29,11 +29,12 @@ from onward.atomic import (
     remove_tree,
     replace_checked,
     replace_file,
+    replace_files,
     system_errors,
     why_less,
 )
 from onward.config import Config
-from onward.config.schema import MODELINE, SCHEMA, schema_text, write_config
+from onward.config.schema import MODELINE, SCHEMA, config_files, schema_text
 from onward.config.text import render_yaml
 from onward.data.templates.own_template import write_template
 from onward.errors import OnwardError
@@ -124,7 +125,7 @@ def order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
             ["fsync .tmp-b of 1", "replace .tmp-b b", "fsync folder"],
         ),
         (
-            lambda folder: write_config(folder / "onward.yaml", Config()),
+            lambda folder: replace_files(config_files(folder / "onward.yaml", Config())),
             [
                 *(
                     f"fsync .tmp-{SCHEMA} of {len(schema_text().encode())}",

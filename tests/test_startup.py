@@ -262,6 +262,29 @@ def test_an_interrupt_is_not_lost_in_a_finalizer() -> None:
     assert ("interrupted\n", "") == (done.stdout, done.stderr)
 
 
+INTERRUPTED = """
+import os, signal, sys
+
+class AtTyper:
+    def find_spec(self, name, *_):
+        if name == "typer":
+            sys.meta_path.remove(self)
+            signal.signal(signal.{name}, signal.default_int_handler if {name!r} == "SIGINT" else signal.SIG_DFL)
+            os.kill(os.getpid(), signal.{name})
+
+sys.meta_path.insert(0, AtTyper())
+from onward.cli import main
+"""
+
+
+@pytest.mark.parametrize(("name", "by"), [("SIGINT", "interrupted"), ("SIGTERM", "ended by SIGTERM")])
+def test_a_signal_while_the_command_line_is_imported(name: str, by: str) -> None:
+    """It ends the command as any later one does: with a line and status 1, no traceback."""
+    command = [sys.executable, "-c", INTERRUPTED.format(name=name)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (1, f"{by}; what was committed is safe\n") == (done.returncode, done.stderr)
+
+
 def test_a_library_that_counts_what_is_left_is_recognised() -> None:
     """Its types have a metaclass of nanobind's, and its objects are freed at the end, so that none is complained of."""
     bound = type("nb_type_0", (type,), {"__module__": "nanobind"})

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,12 @@ def replace_file(path: Path, data: bytes) -> None:
     write_file(temporary, data)
     temporary.replace(path)
     fsync_directory(path.parent)
+
+
+def replace_files(files: Mapping[Path, bytes]) -> None:
+    """Replace the contents of files, one after another and each atomically."""
+    for path, data in files.items():
+        replace_file(path, data)
 
 
 def replace_checked(path: Path, body: bytes, kind: str = "") -> None:

@@ -30,6 +30,8 @@ _READ_HINTS: dict[int | None, str] = {
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), f"Raise the limit of open files (ulimit -n), {_AGAIN}"),
     errno.ENOMEM: f"Free some memory, {_AGAIN}",
 }
+_FAILURES = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOLCK, errno.EBUSY, errno.EAGAIN)
+"""Errors of the machine that say nothing about the place that a person named."""
 
 
 def printable_lines(text: str) -> str:
@@ -182,13 +184,14 @@ def is_out_of_space(error: BaseException) -> bool:
     return isinstance(error, NoSpace) or (isinstance(error, sqlite3.OperationalError) and "full" in str(error))
 
 
-def cannot_write(error: OSError, where: object) -> OnwardError:
-    """Return what to raise where a result cannot be written: a full disk is no wrong usage."""
+def cannot_write(error: OSError, where: object, what: str = "cannot write it") -> OnwardError:
+    """Return what to raise where the system refuses to write: a disk that is full or fails is no wrong usage."""
+    said = f"{what}: {error.strerror}"
     if is_out_of_space(error):
-        return NoSpace(
-            f"cannot write it: {error.strerror}", where=where, hint="Free some space, or name another place."
-        )
-    return UsageError(f"cannot write it: {error.strerror}", where=where)
+        return NoSpace(said, where=where, hint="Free some space, or name another place.")
+    if error.errno in _FAILURES:
+        return OnwardError(said, where=where, hint=_READ_HINTS.get(error.errno, _READ_HINT))
+    return UsageError(said, where=where, hint="Name another place, or let this user write there.")
 
 
 def is_without_temporary(error: BaseException) -> bool:

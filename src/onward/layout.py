@@ -77,6 +77,11 @@ class RunLayout:
         return self.root / LEDGER
 
     @property
+    def unfinished_ledger(self) -> Path:
+        """The ledger of a run that is being made."""
+        return unfinished(self.ledger)
+
+    @property
     def lock(self) -> Path:
         """Held by the one process that trains or rolls back."""
         return self.root / ".lock"
@@ -238,6 +243,10 @@ class RunLayout:
             DamagedState: the ledger is gone, but what it records is still here.
         """
         if not self.ledger.is_file():
+            if self.unfinished_ledger.exists():
+                what = "no run yet: the command that makes one in this directory is at work, or was interrupted"
+                hint = "Once it has ended, repeat it: onward init or onward adopt, with the same words."
+                raise UsageError(what, where=self.root.absolute(), hint=hint)
             if self._newest_of_run() is not None or self.ledger.is_symlink():
                 raise self.lost_ledger()
             hint = f"onward init {quoted(self.root)} makes one; --run DIR or ONWARD_RUN names another."
@@ -274,6 +283,12 @@ class RunLayout:
     def _by_step(directory: Path, pattern: re.Pattern[str]) -> list[Path]:
         named = (entry for entry in entries(directory) if pattern.fullmatch(entry.name))
         return sorted((entry for entry in named if _is_directory(entry)), key=step_of, reverse=True)
+
+
+def unfinished(ledger: Path) -> Path:
+    """Return the name that a ledger has until its run is made; a link leads to a disk of this machine."""
+    final = ledger.resolve()
+    return final.with_name(f".tmp-{final.name}")
 
 
 def entries(directory: Path) -> list[Path]:

@@ -101,6 +101,11 @@ def endings_interrupt() -> Generator[list[str]]:
                 signal.signal(number, signal.SIG_DFL)
 
 
+def interrupted(came: list[str]) -> str:
+    """Return what a command says that was interrupted: by the first of the signals in `came`, or by Ctrl-C."""
+    return f"{f'ended by {came[0]}' if came else 'interrupted'}; what was committed is safe"
+
+
 @contextlib.contextmanager
 def kept_interrupts() -> Generator[None]:
     """Interrupt once more if Python only prints a Ctrl-C because it came while an object was being finalized."""

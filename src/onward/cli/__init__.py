@@ -5,7 +5,7 @@ import sys
 from onward.text import without_module
 
 try:
-    from onward.startup import require_platform
+    from onward.startup import endings_interrupt, interrupted, require_platform
 except ImportError as error:
     words = without_module(error)
     if words is None:
@@ -14,7 +14,12 @@ except ImportError as error:
 
 require_platform()  # before importing anything that Windows lacks
 
-from onward.cli.application import app  # noqa: E402
-from onward.cli.entry import main  # noqa: E402
+came: list[str] = []
+try:
+    with endings_interrupt() as came:  # the imports take a third of a short command's time
+        from onward.cli.application import app
+        from onward.cli.entry import main
+except KeyboardInterrupt:
+    sys.exit(interrupted(came))
 
 __all__ = ["app", "main"]

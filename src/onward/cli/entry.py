@@ -181,5 +181,5 @@ def _about_ledger(error: sqlite3.DatabaseError) -> str:
 
 def _interrupted(came: list[str]) -> int:
     """Print that the command was interrupted, and by what; return its exit status."""
-    say(f"{f'ended by {came[0]}' if came else 'interrupted'}; what was committed is safe")
+    say(startup.interrupted(came))
     return 1

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-from onward.atomic import replace_file
 from onward.config.config import Config
 from onward.config.keys import SECTIONS
 from onward.config.text import render_yaml
@@ -50,7 +49,9 @@ def schema_text() -> str:
     return json.dumps(config_schema(), indent=2) + "\n"
 
 
-def write_config(path: Path, config: Config) -> None:
-    """Write a new run's `onward.yaml`, with its schema next to it, to the disk: without its config a run is none."""
-    replace_file(path.with_name(SCHEMA), schema_text().encode())
-    replace_file(path, f"{MODELINE}\n{render_yaml(config)}".encode())
+def config_files(path: Path, config: Config) -> dict[Path, bytes]:
+    """Return the files of a new run's config, by path: `onward.yaml`, and its schema next to it."""
+    return {
+        path.with_name(SCHEMA): schema_text().encode(),
+        path: f"{MODELINE}\n{render_yaml(config)}".encode(),
+    }

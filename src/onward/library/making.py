@@ -18,14 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 from onward.config import Config
 from onward.config.keys import NEW_RUN
-from onward.config.schema import write_config
+from onward.config.schema import config_files
 from onward.config.text import parse_config, read_config
 from onward.errors import OnwardError, UsageError
 from onward.layout import MANIFEST, RunLayout
 from onward.library.torch_defaults import defaults_of_torch
 from onward.service.state.own_parts import OwnParts, is_made
+from onward.service.state.unfinished import cannot_be_made, in_making, remove_unfinished_run
 from onward.store.disks import require_local, require_locks, require_path, require_shared_memory
-from onward.store.ledger import Ledger, make_ledger
+from onward.store.ledger import Ledger
 from onward.store.waiting import Waiting
 from onward.text import quoted
 
@@ -75,7 +76,7 @@ class _Making:
         self.loading = loading
 
     def make(self, later: bool) -> None:
-        from onward.data.templates.own_template import keep_template, write_template
+        from onward.data.templates.own_template import keep_template, template_files
         from onward.service.tokenizer import KeptTokenizer
         from onward.training.model.base import OWN_BASE, base_of_run, keep_revision, resolve_base, with_stored_path
 
@@ -92,19 +93,20 @@ class _Making:
         tokenizer = self._load_tokenizer(folder)
         _require_usable(base, own.config, tokenizer.state)
         config = with_stored_path(own.config, base, self.layout.root).model_copy(update={"chat_template": name})
-        with own.made_or_nothing():
+        with in_making(self.layout) as making:
             config = self._make_own(own, config, base, folder)
             if config.model == OWN_BASE:
                 base = base_of_run(self.layout.root, OWN_BASE)
             config, facts = (config, {}) if later else self._admit(config, base)
-        _make_files(self.layout, config, replace=bool(own.facts))
-        keep_revision(self.layout.root, config.model, base)
-        write_template(name, template, self.layout.root)
-        if own.facts:
-            folder = self.layout.tokenizer(base)
-            tokenizer = self._load_tokenizer(folder)
-        KeptTokenizer(self.layout, folder).keep(tokenizer)
-        make_ledger(self.layout.ledger, **own.facts, **facts)  # last: this makes the directory a run
+            keep_revision(self.layout.root, config.model, base)
+            if own.facts:
+                folder = self.layout.tokenizer(base)
+                tokenizer = self._load_tokenizer(folder)
+            KeptTokenizer(self.layout, folder).keep(tokenizer)
+            making.ledger.put(**own.facts, **facts)
+            is_new = bool(own.facts) or not self.layout.config.exists()
+            files = config_files(self.layout.config, config) if is_new else {}
+            making.write(template_files(name, template, self.layout.root) | files)
 
     def _load_tokenizer(self, folder: Path) -> LoadedTokenizer:
         """Load the tokenizer now: a base without a usable one is refused, and the first file need not wait for it."""
@@ -183,9 +185,10 @@ def place_for_run(layout: RunLayout) -> Generator[None]:
         layout.root.mkdir(parents=True, exist_ok=True)
         held = os.open(layout.root, os.O_RDONLY)
     except OSError as error:
-        raise _cannot_be_made(layout, error) from None
+        raise cannot_be_made(layout, error) from None
     try:
         _take(held, layout)
+        remove_unfinished_run(layout)
         refuse_occupied(layout)
         yield
     finally:
@@ -213,7 +216,7 @@ def refuse_occupied(layout: RunLayout) -> None:
     if layout.ledger.exists():
         hint = f"onward status --run {quoted(layout.root)}; for a new run, name another directory."
         raise UsageError("there is already a run in this directory", where=layout.root.absolute(), hint=hint)
-    if layout.checkpoints() or layout.restore_points():
+    if (layout.checkpoints() or layout.restore_points()) and not layout.unfinished_ledger.exists():
         hint = f"onward adopt {quoted(layout.current)}/checkpoint-N --run NEW_RUN makes a run from it."
         raise UsageError("this directory has a model without its ledger", where=layout.root.absolute(), hint=hint)
     if layout.root.exists() and not layout.root.is_dir():
@@ -276,16 +279,3 @@ def _choose_config(layout: RunLayout, values: Mapping[str, Any]) -> Config:
         hint = "Leave the settings out to use it, or remove it."
         raise UsageError("there is already a config in this directory", where=layout.config, hint=hint)
     return read_config(layout.config)
-
-
-def _make_files(layout: RunLayout, config: Config, *, replace: bool) -> None:
-    try:
-        layout.make()
-        if replace or not layout.config.exists():
-            write_config(layout.config, config)
-    except OSError as error:
-        raise _cannot_be_made(layout, error) from None
-
-
-def _cannot_be_made(layout: RunLayout, error: OSError) -> UsageError:
-    return UsageError(f"the run cannot be made: {error.strerror}", where=layout.root.absolute())

@@ -198,6 +198,14 @@ class Database:
         """Close the connection."""
         self._connection.close()
 
+    def flush(self) -> None:
+        """Write everything into the file itself, so that it may be renamed: closing does so, but says no failure.
+
+        Raises:
+            sqlite3.OperationalError: the machine fails.
+        """
+        self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
     def copy_to(self, path: Path) -> None:
         """Write the current database into a new file, even if others write to it meanwhile.
 

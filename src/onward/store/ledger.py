@@ -9,9 +9,9 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from onward.atomic import TEMPORARY_PREFIX, fsync_directory
+from onward.atomic import fsync_directory
 from onward.errors import OnwardError
-from onward.layout import RunLayout
+from onward.layout import RunLayout, unfinished
 from onward.store.curve import Curve
 from onward.store.database import begin, connect, marks
 from onward.store.files import BEGUN, Files
@@ -29,13 +29,28 @@ HELD_OVER = "FROM handovers h LEFT JOIN files f ON f.id = h.file_id WHERE f.stat
 
 def make_ledger(path: Path, **facts: Any) -> None:
     """Make a new run's ledger with these facts, whole or not at all; a link is followed."""
-    path = path.resolve()
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
-    temporary.unlink(missing_ok=True)
+    with ledger_in_making(path) as ledger:
+        ledger.put(**facts)
+
+
+@contextlib.contextmanager
+def ledger_in_making(path: Path) -> Generator[Ledger]:
+    """Yield a new run's ledger under a temporary name; it gets its own once the body is done. A link is followed."""
+    temporary = unfinished(path)
+    remove_unfinished(path)
     with Ledger(temporary, create=True) as ledger:
-        ledger.put(run=uuid.uuid4().hex, state="idle", origin_step=0, **facts)
-    temporary.replace(path)
-    fsync_directory(path.parent)
+        ledger.put(run=uuid.uuid4().hex, state="idle", origin_step=0)
+        yield ledger
+        ledger.flush()
+    temporary.replace(path.resolve())
+    fsync_directory(temporary.parent)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove the ledger of a run that was not made completely, with the files of its log."""
+    for ending in ("-wal", "-shm", "-journal", ""):
+        temporary = unfinished(path)
+        temporary.with_name(f"{temporary.name}{ending}").unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from onward.atomic import replace_file
+from onward.atomic import replace_files
 from onward.data.templates.rendering import Renderer
 from onward.errors import ConfigError, ModelError
 from onward.layout import typed_path
@@ -60,7 +60,7 @@ def read_template(value: str | None, root: Path) -> str | None:
 def keep_template(value: str | None, root: Path) -> tuple[str | None, str]:
     """Return the config value for a template that the user named, in a new run in `root`, and the template's text.
 
-    Nothing is written yet; `write_template` makes the copy. A relative path may be meant from the current directory.
+    Nothing is written yet; `template_files` is the copy. A relative path may be meant from the current directory.
 
     Raises:
         ConfigError: there is no such template, it is not one, or another file has the name that the copy would get.
@@ -77,10 +77,14 @@ def keep_template(value: str | None, root: Path) -> tuple[str | None, str]:
     return name, text
 
 
+def template_files(value: str | None, text: str, root: Path) -> dict[Path, bytes]:
+    """Return the run's copy of the template that `keep_template` returned, by path; nothing if it is there."""
+    return {} if value is None or (root / value).exists() else {root / value: text.encode()}
+
+
 def write_template(value: str | None, text: str, root: Path) -> None:
-    """Write a run's copy of the template that `keep_template` returned, unless it is there."""
-    if value is not None and not (root / value).exists():
-        replace_file(root / value, text.encode())
+    """Write a run's copy of the template, unless it is there."""
+    replace_files(template_files(value, text, root))
 
 
 def training_twin(template: str) -> tuple[str, str] | None:

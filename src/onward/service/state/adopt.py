@@ -5,28 +5,26 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import sqlite3
-import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from onward.atomic import TEMPORARY_PREFIX, fsync_file, remove_temporaries
+from onward.atomic import fsync_file
 from onward.config import Config
-from onward.config.schema import write_config
+from onward.config.schema import config_files
 from onward.config.text import flattened
 from onward.data.row_tokenizer import end_token
-from onward.data.templates.own_template import keep_template, write_template
-from onward.errors import DamagedState, ModelError, OnwardError, UsageError
+from onward.data.templates.own_template import keep_template, template_files
+from onward.errors import DamagedState, ModelError, UsageError
 from onward.layout import RunLayout
 from onward.service.admission import admit_new, keep
 from onward.service.session import open_session
 from onward.service.state.adopted import describe
 from onward.service.state.adopted_config import Adopted, read_adopted
 from onward.service.state.commits import Commit, Commits
-from onward.service.state.ownership import Ownership
+from onward.service.state.unfinished import in_making
 from onward.service.tokenizer import copy_tokenizer, load_tokenizer_of
 from onward.store.ledger import Ledger
 from onward.text import quoted
@@ -97,9 +95,15 @@ def adopt(
         state, findings, notes = _load(adopted, base)
         config = _with_base(adopted.config, base, checkpoint, layout)
         config = config.model_copy(update={"chat_template": template_name})
-        write_template(template_name, template, layout.root)
-        keep_revision(layout.root, config.model, base)
-        _make(checkpoint, layout, config, state, findings, report)
+        with in_making(layout) as making:
+            making.write(template_files(template_name, template, layout.root))
+            keep_revision(layout.root, config.model, base)
+            _copy_parts(checkpoint, layout, config)
+            making.ledger.put(origin_step=state.step)
+            keep(making.ledger, findings)
+            _commit(layout, making.ledger, config, state, report)
+            making.ledger.add_event("info", f"adopted {checkpoint.absolute()} at step {state.step}", state.step)
+            making.write(config_files(layout.config, config))
         notes += [*router_loss(adopted.arguments, base), *other_base]
     return describe(replace(adopted, config=config), settings, notes)
 
@@ -180,44 +184,25 @@ def _load(adopted: Adopted, base: Path) -> tuple[TrainState, Findings, list[str]
     return state, findings, notes
 
 
-def _make(
-    checkpoint: Path,
-    layout: RunLayout,
-    config: Config,
-    state: TrainState,
-    findings: Findings,
-    report: Callable[[str], None],
-) -> None:
-    """Make the run's files; the ledger gets its name last, because it makes the directory a run."""
-    layout.make()
+def _copy_parts(checkpoint: Path, layout: RunLayout, config: Config) -> None:
+    """Copy what the run keeps of the checkpoint: its base, or its tokenizer."""
     if config.model == OWN_BASE:
         _copy(checkpoint, MODEL_FILES, layout.root / OWN_BASE)
         copy_tokenizer(checkpoint, layout.root / OWN_BASE)
     elif (checkpoint / TOKENIZER_MARK).is_file():  # the one that the checkpoint was trained with
         _copy(checkpoint, ("config.json",), layout.root / "tokenizer")
         copy_tokenizer(checkpoint, layout.root / "tokenizer")
-    final = layout.ledger.resolve()  # a link leads to a disk of this machine
-    unfinished = final.with_name(f"{TEMPORARY_PREFIX}{final.name}")
-    _remove_unfinished(layout, unfinished)
-    with Ledger(unfinished, create=True) as ledger:
-        ledger.put(run=uuid.uuid4().hex, state="idle", origin_step=state.step)
-        keep(ledger, findings)
-        session = open_session(layout, ledger, report=report, config=config)
-        probe = Probe(state.model, config.seed, session.device, session.dtype, exact=config.deterministic)
-        commit = Commit(state.model, state.view(), config, probe.of_model, session.facts())
-        values = json.dumps(Commits(layout, ledger).commit(commit).manifest.measured)
-        ledger.add_handover(kind="adopt", step=state.step, before=values, after=values, difference=0.0, name="bitwise")
-        ledger.add_event("info", f"adopted {checkpoint.absolute()} at step {state.step}", state.step)
-    write_config(layout.config, config)
-    unfinished.rename(final)
 
 
-def _remove_unfinished(layout: RunLayout, ledger: Path) -> None:
-    """Remove what an interrupted adoption left; its own ledger shows what that is."""
-    with contextlib.suppress(OnwardError, sqlite3.Error), Ledger(ledger) as begun:
-        remove_temporaries(layout.temporaries(), Ownership(layout, begun).left)
-    for ending in ("", "-wal", "-shm", "-journal"):
-        ledger.with_name(f"{ledger.name}{ending}").unlink(missing_ok=True)
+def _commit(
+    layout: RunLayout, ledger: Ledger, config: Config, state: TrainState, report: Callable[[str], None]
+) -> None:
+    """Commit the adopted state as the run's first, and record the handover from the checkpoint."""
+    session = open_session(layout, ledger, report=report, config=config)
+    probe = Probe(state.model, config.seed, session.device, session.dtype, exact=config.deterministic)
+    commit = Commit(state.model, state.view(), config, probe.of_model, session.facts())
+    values = json.dumps(Commits(layout, ledger).commit(commit).manifest.measured)
+    ledger.add_handover(kind="adopt", step=state.step, before=values, after=values, difference=0.0, name="bitwise")
 
 
 def _copy(source: Path, patterns: Iterable[str], target: Path) -> None:

@@ -16,7 +16,7 @@ from onward.config import Config
 from onward.errors import ConfigError, DamagedState, UsageError
 from onward.layout import RunLayout, typed_path
 from onward.store.ledger import Ledger
-from onward.text import how_many
+from onward.text import how_many, quoted
 from onward.training.model.base import OWN_ADAPTER, OWN_BASE, TOKENIZER_MARK
 
 if TYPE_CHECKING:
@@ -47,7 +47,6 @@ class OwnParts:
         self.config = config if self._start is None else _with_start(config, self._start)
         self.facts: dict[str, Any] = {}
         """What the ledger records of the parts that were made; empty if there are none."""
-        self._published: list[Path] = []
 
     def tokenizer(self, base: Path) -> Path:
         """Return the folder with the tokenizer: the adapter's, if it brought one, else the base's."""
@@ -68,7 +67,7 @@ class OwnParts:
         """
         for name in (OWN_BASE, OWN_ADAPTER) if is_made(self.config) else ():
             if (self._layout.root / name).exists():
-                hint = f"Remove it if an interrupted init left it: rm -r {name}; or name another directory."
+                hint = f"Name another directory; or, if nothing needs it: rm -r {quoted(self._layout.root / name)}"
                 raise UsageError(f"{name}/ already exists", where=self._layout.root.absolute(), hint=hint)
         if self._start is not None:
             self._require_start(self._start, base)
@@ -126,16 +125,6 @@ class OwnParts:
                 copy_tokenizer(start.folder, folder)
 
     @contextmanager
-    def made_or_nothing(self) -> Generator[None]:
-        """Remove the parts that were made if the body fails."""
-        try:
-            yield
-        except BaseException:
-            for folder in self._published:
-                remove_tree(folder)
-            raise
-
-    @contextmanager
     def _publishing(self, name: str) -> Generator[Path]:
         """Atomically make a directory of the run with the files that the body writes; none if it writes none."""
         temporary = self._layout.root / f"{TEMPORARY_PREFIX}{name}"
@@ -148,7 +137,6 @@ class OwnParts:
                 fsync_file(path)
             if files:
                 publish_directory(temporary, self._layout.root / name)
-                self._published.append(self._layout.root / name)
         finally:
             remove_tree(temporary)
 
