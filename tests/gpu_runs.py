@@ -34,8 +34,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lora-float32": {"method": "lora", "dtype": "float32", "lora": {"rank": 8, "dropout": 0.0}},
     "full-bfloat16": {"method": "full", "dtype": "bfloat16", "learning_rate": 1e-4},
     "full-float32": {"method": "full", "dtype": "float32", "learning_rate": 1e-4},
+    "anchored-bfloat16": {
+        "method": "lora", "dtype": "bfloat16", "anchor": {"weight": 0.5, "rows": 8, "tokens": 32},
+        "lora": {"rank": 8, "dropout": 0.1, "trainable_tokens": [65, 66, 70]},
+    },
     "qlora-bfloat16": {"method": "qlora", "dtype": "bfloat16", "lora": {"rank": 8, "dropout": 0.0}},
-}
+}  # fmt: skip
 SETTINGS = {"batch_size": len(LENGTHS), "max_length": 4096, "save_steps": 3, "warmup_steps": 2}
 STEPS, FILES = 7, 3
 """Steps of each file."""

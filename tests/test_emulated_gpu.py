@@ -82,7 +82,8 @@ def test_a_model_with_experts_and_a_device_without_room(device: Path, tmp_path: 
 def test_checks_of_a_gpu_end_there(device: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of `make gpu` that are quick with a tiny shape: each ends, and what has to be exact is."""
     monkeypatch.syspath_prepend(GPU)
-    names = ["20 steps twice, lora, bfloat16", "failed recordings", "machine", "tiny, lora, on 24 GiB"]
+    twice = [f"20 steps twice, {method}, bfloat16" for method in ("lora", "full", "anchored")]
+    names = [*twice, "failed recordings", "machine", "tiny, lora, on 24 GiB"]
     paths, records = [GPU, TESTS.parent / "src", TESTS, EMULATED, device], tmp_path / "records"
     variables = {
         **os.environ, **variables_of(device), "OMP_NUM_THREADS": "1",
@@ -94,7 +95,9 @@ def test_checks_of_a_gpu_end_there(device: Path, tmp_path: Path, monkeypatch: py
             outcome = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
             assert 0 == outcome.returncode, outcome.stderr
     found = [json.loads(line) for line in records.read_text().splitlines()]
-    assert ["twice", "failed recording", "failed recording", "machine", "fits"] == [each["subject"] for each in found]
-    assert [True] * 3 == [each["equal"] for each in found[:3]]
-    assert found[0]["replays"] > 0
-    assert found[4]["fits"]
+    subjects = [*["twice"] * len(twice), *["failed recording"] * 2, "machine", "fits"]
+    assert subjects == [each["subject"] for each in found]
+    assert [True] * 5 == [each["equal"] for each in found[:5]]
+    assert [""] * 3 == [each["said"] for each in found[:3]]
+    assert all(each["replays"] > 0 for each in found[:3])
+    assert found[-1]["fits"]

@@ -1,7 +1,8 @@
 """Whether steps give the same bits: `exactness.py twice SHAPE METHOD DTYPE`, `exactness.py files|kills SHAPE`.
 
 `twice` takes 20 steps from the same weights two times in one process; the first time, parts of the same sizes are
-replayed, where the method and the type allow that. `files` trains three files in one process and in
+replayed, where the method and the type allow that. Its method `anchored` is LoRA with trained rows of the embedding and
+with an anchor, whose texts the model writes each time. `files` trains three files in one process and in
 three, and lets the run prove itself. `kills` ends a process by SIGKILL at five instants of a file and its commits, and
 lets another one go on.
 """
@@ -26,6 +27,8 @@ STEPS, SHAPES, INSTANTS = 20, 4, 5
 """Steps, after how many of them the lengths of rows repeat, and the instants of kills."""
 LENGTHS = {"small": (5, 4000), "tiny": (5, 60)}
 """Tokens of the rows of one batch, by shape."""
+ANCHORED: dict[str, Any] = {"anchor": {"weight": 0.5, "rows": 8, "tokens": 32}}
+TRAINED_ROWS = [65, 66, 70]
 
 
 def twice(shape: str, method: str, dtype: str) -> None:
@@ -35,10 +38,13 @@ def twice(shape: str, method: str, dtype: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         base = saved_model(shape, Path(folder) / "base")
         least, most = LENGTHS[shape]
+        is_anchored = method == "anchored"
+        rows = {"trainable_tokens": TRAINED_ROWS} if is_anchored else {}
         config = Config.model_validate(
             {
-                "model": str(base), "method": method, "dtype": dtype, "max_length": most, "learning_rate": 1e-3,
-                "lora": {"rank": 16, "dropout": 0.1}, "warmup_steps": 0,
+                "model": str(base), "method": "lora" if is_anchored else method, "dtype": dtype, "max_length": most,
+                "lora": {"rank": 16, "dropout": 0.1, **rows}, "warmup_steps": 0, "learning_rate": 1e-3,
+                **(ANCHORED if is_anchored else {}),
             }
         )  # fmt: skip
         (first, replays, why), (second, *_) = (
@@ -70,7 +76,8 @@ def _steps(
     model = build_model(ModelSpec(config, base, where, dtype), treatment=Treatment(end_to_end=True))
     state = TrainState.start(model, config)
     state.cursor = Cursor(1, "exact", 0, STEPS)
-    trainer = Trainer(state, config, Execution(SingleProcess(where), dtype))
+    execution = Execution(SingleProcess(where), dtype)
+    trainer = Trainer(state, config, execution, _anchor(model, config, execution))
     if records:
         let_record(trainer)
     losses: list[float] = []
@@ -79,12 +86,30 @@ def _steps(
         sizes = [lengths[0], lengths[1], *np.random.default_rng(step % SHAPES).integers(*lengths, 3)]
         rows = [Row(source.integers(3, 250, size), np.arange(size) > 0) for size in sizes]
         losses.append(trainer.take_step(batch_of(rows), endless_plan()).loss)  # type: ignore[arg-type]
-    digest, recorded = state.view().digest(), trainer.economy.learned.recorded
-    replays, why = (recorded.replays, recorded.hindrance) if recorded else (0, "")
-    del model, state, trainer, recorded
+    digest, learned = state.view().digest(), trainer.economy.learned
+    replays, why = (learned.recorded.replays, learned.recorded.hindrance) if learned.recorded else (0, "")
+    if records and where.type == "cuda" and not learned.can_record:
+        why = "it cannot be recorded"
+    del model, state, trainer, learned
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return (losses, digest.weights, digest.moments), replays, why
+
+
+def _anchor(model: Any, config: Any, execution: Any) -> Any:
+    """Return the anchor's term, of texts that the model writes now without its adapter; None if there is none."""
+    from onward.data.tokenized import Row
+    from onward.training.measuring.scores import Compute, Meter
+    from onward.training.steps.anchor import AnchorTerm, top_of
+
+    if not config.anchor.weight:
+        return None
+    base = Meter(model, Compute(config, execution)).without_adapter()
+    texts = base.write((config.anchor.rows, config.anchor.tokens), 1)
+    rows = [Row(np.array(text), np.arange(len(text)) > 0) for text in texts]
+    found = [top_of(logits) for row in rows for batch in base.batches([row]) for logits, _ in base.logits(batch)]
+    ids, logs = (torch.stack([each[kind].cpu() for each in found]) for kind in range(2))
+    return AnchorTerm(rows, ids, logs, config.anchor.weight)
 
 
 def _material(shape: str, folder: Path) -> tuple[Path, list[Path]]:

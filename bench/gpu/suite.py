@@ -66,7 +66,7 @@ def checks(tiny: bool) -> list[Check]:
         Check(f"20 steps twice, {method}, {dtype}", ("exactness.py", "twice", small, method, dtype), 150, needs, False)
         for method, dtype, needs in (
             ("lora", "bfloat16", ""), ("full", "bfloat16", ""), ("qlora", "bfloat16", "bitsandbytes"),
-            ("lora", "float32", ""), ("full", "float32", ""),
+            ("lora", "float32", ""), ("full", "float32", ""), ("anchored", "bfloat16", ""),
         )
     ]  # fmt: skip
     first, *speed = [

@@ -130,7 +130,7 @@ def test_a_held_weight_is_found() -> None:
     assert not is_held(weight)
 
 
-@pytest.mark.parametrize("variant", ["lora-bfloat16", "full-bfloat16"])
+@pytest.mark.parametrize("variant", ["lora-bfloat16", "full-bfloat16", "anchored-bfloat16"])
 def test_replays_in_one_process_and_in_three(variant: str, tmp_path: Path) -> None:
     """With dropout: a process that replays most steps leaves the state of processes that replay few."""
     base, files = save_model(tmp_path / "model"), write_files(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from onward.training.layers.attention import lay_end_to_end
 from onward.training.layers.recording import Recordable, Recording, RecordingPlace, Watch, is_held
 from onward.training.measuring.fingerprints import Fingerprints
 from onward.training.measuring.probe import Probe
-from onward.training.seeds import taking_steps
+from onward.training.seeds import one_computes, taking_steps
 
 VALUES = torch.arange(12.0).view(3, 4)
 META = torch.empty(3, 4, device="meta")
@@ -149,6 +150,50 @@ def test_nothing_is_watched_while_another_thread_trains() -> None:
     with taking_steps():
         assert (7, True, True) == (own(), own.can_record, own.record())
     assert -1 == own()
+
+
+def test_others_wait_while_something_is_watched_or_recorded() -> None:
+    """Another thread could not draw random numbers then, nor wait for a GPU: its step would fail."""
+    found: list[bool] = []
+
+    def is_free() -> bool:
+        is_taken = one_computes.acquire(blocking=False)
+        if is_taken:
+            one_computes.release()
+        return is_taken
+
+    with ThreadPoolExecutor(1) as other:
+
+        def compute() -> int:
+            found.append(other.submit(is_free).result())
+            return 7
+
+        def record(each: Callable[[], int]) -> Callable[[], int]:
+            each()
+            return each
+
+        own = Recordable(compute, CPU, record)
+        assert (7, True) == (own(), own.record())
+        assert [False, False] == found
+
+
+def test_a_thread_begins_to_train_when_nobody_computes() -> None:
+    """It might wait for a GPU where another thread watches for that."""
+    order: list[str] = []
+    begun = threading.Event()
+
+    def train() -> None:
+        begun.set()
+        with taking_steps():
+            order.append("trains")
+
+    other = threading.Thread(target=train)
+    with one_computes:
+        other.start()
+        begun.wait(60)
+        order.append("computed")
+    other.join(60)
+    assert ["computed", "trains"] == order
 
 
 @pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError, TypeError])

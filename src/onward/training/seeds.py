@@ -21,9 +21,10 @@ _training: list[int] = []
 
 @contextlib.contextmanager
 def taking_steps() -> Generator[None]:
-    """Count this thread among those that train, in the body."""
+    """Count this thread among those that train, in the body; it begins once no other computes what is watched."""
     own = threading.get_ident()
-    _training.append(own)
+    with one_computes:
+        _training.append(own)
     try:
         yield
     finally:

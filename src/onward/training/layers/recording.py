@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from onward.errors import first_line
-from onward.training.seeds import others_train
+from onward.training.seeds import one_computes, others_train
 
 Result = TypeVar("Result", covariant=True)
 KNOWN = frozenset({"aten", "prims", "torch_attn"})
@@ -122,14 +122,17 @@ class Recordable(Generic[Result]):
                 return self._replay()
             except Exception as error:  # another recording failed, for example; a lost device raises again
                 self._fail(error)
-        is_plain = self._was_watched or self._recorder is None or others_train()
-        return self._compute() if is_plain else self._watched()
+        if self._was_watched or self._recorder is None:
+            return self._compute()
+        with one_computes:  # no other thread begins to train meanwhile
+            return self._compute() if others_train() else self._watched()
 
     def record(self) -> bool:
         """Record it, if that was not done before and is possible; return whether the next call replays it."""
         if self._recorder is not None and self._was_watched and self._replay is None:
             try:
-                self._replay = self._recorder(self._compute)
+                with one_computes:  # no other thread can draw random numbers meanwhile
+                    self._replay = self._recorder(self._compute)
             except Exception as error:  # too little memory, for example; it can still be computed
                 self._fail(error)
             self._recorder = None
