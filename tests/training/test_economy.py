@@ -29,7 +29,7 @@ from onward.training.state import Cursor, TrainState
 from onward.training.steps.anchor import AnchorTerm
 from onward.training.steps.economy import Learned
 from onward.training.steps.memory import Polynomial, Profile, largest_part, largest_texts, most_of, part_tokens
-from onward.training.steps.model_memory import crude_of, pinned
+from onward.training.steps.model_memory import crude_of, kept_by_backward, pinned
 from onward.training.trainer import Trainer
 from onward.training.transfer import Overlapped
 from onward.training.world import SingleProcess
@@ -152,15 +152,53 @@ def test_parts_that_fit_are_computed_once() -> None:
     assert trainer.economy.recomputes(Batch(rows, row.references, row.lines))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "olmoe"])
 def test_the_rough_estimate_is_an_upper_bound(family: str) -> None:
-    """Layers of any class count, experts, and scores that attention keeps: where it fits, a part fits, and nothing is
-    measured."""
+    """Layers of any class count, and experts: where it fits, rows end to end fit, and nothing is measured."""
     model = small.small_model(family).train()
     economy = trainer_of(model, method="full", max_length=512).economy
-    crude = crude_of(model, padded=family in ("gemma2", "gpt_oss"))
+    crude = crude_of(model)
     for lengths in ([8] * 8, [512]):
         assert economy.profile.whole(lengths) <= crude(lengths)
+
+
+@pytest.mark.parametrize("lengths", [[40], [64], [65], [200], [30] * 3, [150, 150]])
+@pytest.mark.parametrize(("family", "settings"), [("mamba2", {"chunk_size": 64}), ("qwen3_next", {}), ("gpt2", {})])
+def test_rows_that_are_filled_up_to_blocks(family: str, settings: dict[str, Any], lengths: list[int]) -> None:
+    """A scan, and linear attention in chunks, keep of each row what its blocks keep when they are full."""
+    trainer = trainer_of(small.small_model(family, **settings).train(), method="full", max_length=256)
+    rows = [Row(np.ones(length, dtype=np.int64), np.arange(length) > 0) for length in lengths]
+    batch = Batch(rows, [RowReference("memory", place) for place in range(len(rows))], list(range(len(rows))))
+    counted = kept_by_backward(trainer.state.model, lambda: trainer.accumulation.loss(batch))
+    assert counted == pytest.approx(trainer.economy.profile.whole(lengths), rel=0.05)
+
+
+def test_a_padded_part_is_measured_before_it_is_said_to_fit() -> None:
+    """What such a model keeps does not follow from the shapes of its weights, from which others are told to fit."""
+    model = small.small_model("mamba2", chunk_size=64).train()
+    need = trainer_of(model, method="full").economy.profile.estimate([31] * 4).total
+    enough, short = (Usage(1 << 40, int(share * need / 0.92), 0) for share in (1.01, 0.99))
+    assert crude_of(model)([31] * 4) < 0.75 * short.free
+    assert [False, True] == [
+        trainer_of(model, usage, method="full").economy.recomputes(step(0)) for usage in (enough, short)
+    ]
+
+
+def test_the_largest_layer_is_the_one_that_is_recomputed() -> None:
+    """Layers may differ in kind and in size; experts of a layer are no layers."""
+    model: Any = model_of(*MODELS[1])
+    assert 2 == round(trainer_of(model, method="full").economy.profile.layers)
+    model.model.layers[1].mlp = nn.Sequential(nn.Linear(32, 4096), nn.GELU(), nn.Linear(4096, 32))
+    model.model.layers[0].mlp.unused = nn.ModuleList([nn.Linear(1, 1)] * 9)
+    assert 1.0 < trainer_of(model, method="full").economy.profile.layers < 1.5
+
+
+def test_gradients_that_are_added_apart_count_twice() -> None:
+    """Those of a share that has several parts are added before they are added to those of the other shares."""
+    profile = Profile(0, 50_000, 0, Polynomial(0.0, 100.0, 0.0), None, 10, 1, 0, "cuda")
+    settings = ({}, {"parts": 2}, {"gradient_accumulation": 4}, {"parts": 2, "gradient_accumulation": 4})
+    found = [most_of(profile, Config.model_validate(each)).gradients for each in settings]
+    assert [50_000, 50_000, 50_000, 100_000] == found
 
 
 def test_a_step_that_lacks_memory_is_taken_again_with_less() -> None:
