@@ -161,13 +161,13 @@ class Economy:
         if sizes is not None:
             lengths.append(sizes.tokens - sum(lengths))
         usage = self.learned.read(self._device)
-        if usage is None or self._crude(lengths) <= ROOMY * usage.free:
+        if usage is None or (not self._loss.layout.padded and self._crude(lengths) <= ROOMY * usage.free):
             return True
         return self.profile.estimate(lengths, of_anchor=of_anchor).total <= USABLE * usage.available
 
     def _crude(self, lengths: Sequence[int]) -> int:
         if self.learned.crude is None:
-            self.learned.crude = crude_of(self._state.model, padded=self._loss.layout.padded)
+            self.learned.crude = crude_of(self._state.model)
         return self.learned.crude(lengths)
 
     def _is_exact(self) -> bool:

@@ -29,15 +29,25 @@ DIVERGENCE = 4
 
 @dataclass(frozen=True)
 class Polynomial:
-    """Bytes of a part: a constant, bytes per token, and bytes per pair of tokens of a row."""
+    """Bytes of a part: a constant, bytes per token, and bytes per pair of tokens of a row.
+
+    Args:
+        filled: bytes per block that a row begins, for models that fill rows up to whole blocks, as for a scan.
+        block: tokens of a block.
+    """
 
     constant: float
     token: float
     pair: float
+    filled: float = 0.0
+    block: int = 1
 
     def __call__(self, lengths: Sequence[int]) -> int:
         """Return the bytes of rows of these lengths."""
-        return int(self.constant + sum(self.token * length + self.pair * length**2 for length in lengths))
+        return int(self.constant + sum(map(self._of_row, lengths)))
+
+    def _of_row(self, length: int) -> float:
+        return self.token * length + self.pair * length**2 + self.filled * -(-length // self.block)
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,7 @@ class Profile:
         moments: the optimizer's state.
         whole: what the backward pass keeps of the rows of a part.
         recomputed: the same with recomputed layers; None if they cannot be recomputed.
-        layers: lists of modules that are computed one after another; one of them is recomputed at a time.
+        layers: what all layers keep, in layers that keep as much as the largest: one at a time is recomputed.
         vocabulary: logits of a token.
         trained_head: bytes of the head's weights if they are trained.
         trained_rows: bytes of the head's gradient if some of its rows are trained: `whole` counts it once.
@@ -65,7 +75,7 @@ class Profile:
     moments: int
     whole: Polynomial
     recomputed: Polynomial | None
-    layers: int
+    layers: float
     vocabulary: int
     trained_head: int
     device: str
@@ -90,12 +100,19 @@ class Profile:
         return cls(**{**values, **kept})
 
     def estimate(
-        self, lengths: Sequence[int], *, recompute: bool = False, alone: bool = False, of_anchor: bool = False
+        self,
+        lengths: Sequence[int],
+        *,
+        recompute: bool = False,
+        alone: bool = False,
+        apart: bool = False,
+        of_anchor: bool = False,
     ) -> Estimate:
         """Return what a step takes if its largest part has rows of these lengths.
 
         Args:
             alone: whether the step has no other part; otherwise there are gradients before its backward pass begins.
+            apart: whether the gradients of several parts are added before they are added to those of others.
             of_anchor: whether the rows are the anchor's texts, whose logits are kept for some tokens at a time.
         """
         tokens, whole = sum(lengths), self.whole(lengths) - self.trained_rows
@@ -108,7 +125,7 @@ class Profile:
         logits = copies * min(budget, 4 * tokens * self.vocabulary)
         logits += 3 * self.trained_head  # the head's gradient: summed, scaled, and once more
         logits += 2 * self.trained_rows  # the head with its rows, and the gradient of all
-        gradients = self.trained
+        gradients = 2 * self.trained if apart else self.trained
         if self.device == "cpu":
             plain, recomputed = HOLES[self.kind]
             activations = int(whole * plain)
@@ -183,7 +200,10 @@ def largest_texts(config: Config) -> list[int]:
 def most_of(profile: Profile, config: Config, *, recompute: bool = False) -> Estimate:
     """Return what a step of full rows takes at most: with its largest part, or with the anchor's texts."""
     part, texts = largest_part(config), largest_texts(config)
-    most = profile.estimate(part, recompute=recompute, alone=len(part) >= config.batch_size)
+    share = -(-config.batch_size // config.parts)
+    most = profile.estimate(
+        part, recompute=recompute, alone=len(part) >= config.batch_size, apart=config.parts > 1 and len(part) < share
+    )
     if not texts:
         return most
     anchored = profile.estimate(texts, recompute=recompute, of_anchor=True)

@@ -6,7 +6,8 @@ constant, a term per token, and one per pair of tokens if attention keeps its sc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +29,13 @@ from onward.training.steps.memory import Polynomial, Profile
 from onward.training.transfer import Sizes
 
 LONGEST = 48
-"""Tokens of the longest row that is measured."""
+"""Tokens of the longest row that is measured, unless a large share of what it leaves does not depend on its length."""
+FIXED = 0.1
+"""Such a share."""
+ROUNDING = 0.02
+"""The share up to which sizes count as equal."""
+BLOCKS = (64, 128, 256, 512)
+"""Multiples of tokens that models fill rows up to, for a scan, or for linear attention in chunks."""
 CRUDE = 8
 """The most bytes that a token leaves, in usual models, per feature that goes into or out of a linear layer, those of
 chosen experts included."""
@@ -65,7 +72,7 @@ def profile_of(
         moments=method.bytes(parameters),
         whole=whole,
         recomputed=again if again.token < 0.9 * whole.token else None,
-        layers=max((len(part) for part in model.modules() if isinstance(part, nn.ModuleList)), default=1),
+        layers=_layers_like_the_largest(model, lambda: loss(_rows([max(8, min(LONGEST, config.max_length))]))),
         vocabulary=embedding,
         trained_head=sum(weights[id(weight)] for weight in _trained_in(head)),
         trained_rows=4 * head.weight.numel() if isinstance(head, TrainableTokensWrapper) else 0,  # type: ignore[operator]
@@ -104,11 +111,10 @@ def _trained_in(head: object) -> list[nn.Parameter]:
     return [weight for weight in head.parameters() if weight.requires_grad] if isinstance(head, nn.Module) else []
 
 
-def crude_of(model: nn.Module, *, padded: bool) -> Polynomial:
-    """Return an upper bound of the bytes that a part keeps in usual models, without computing anything.
+def crude_of(model: nn.Module) -> Polynomial:
+    """Return an upper bound of the bytes that a part keeps, without computing anything.
 
-    Args:
-        padded: whether rows are padded: then attention is the model's own, which may keep its scores.
+    It holds for models whose rows are laid end to end: others compute what their weights do not tell.
     """
     config: Any = cast(Any, causal_lm(model).config).get_text_config()
     chosen, heads, layers = (
@@ -120,42 +126,96 @@ def crude_of(model: nn.Module, *, padded: bool) -> Polynomial:
     features = sum(sum(shape) for shape in shapes if len(shape) == 2)
     features += sum((chosen or shape[0]) * sum(shape[1:]) for shape in shapes if len(shape) == 3)
     drops = any(getattr(config, key, None) for key in ("attention_dropout", "attn_pdrop"))
-    scores = heads * layers if isinstance(heads, int) and isinstance(layers, int) and (padded or drops) else 0
+    scores = heads * layers if drops and isinstance(heads, int) and isinstance(layers, int) else 0
     return Polynomial(0.0, float(CRUDE * features), float(SCORE * scores))
 
 
 def _fit(model: nn.Module, loss: Callable[[Batch], torch.Tensor], longest: int) -> Polynomial:
+    def size(*lengths: int) -> int:
+        return kept_by_backward(model, lambda: loss(_rows(lengths)))
+
     top = max(8, min(LONGEST, longest))
-    lengths = [top // 2, 3 * top // 4, top]
-    sizes = [float(_kept(model, partial_loss)) for partial_loss in ((lambda n=n: loss(_row(n))) for n in lengths)]
-    matrix = np.array([[1.0, length, length**2] for length in lengths])
-    constant, token, pair = np.linalg.solve(matrix, np.array(sizes))
-    if abs(pair) * top**2 < 0.02 * sizes[-1]:  # rounding of blocks, not attention scores
-        (token, constant), pair = np.polyfit(lengths, sizes, 1), 0.0
+    one = _through({length: size(length) for length in (top // 2, 3 * top // 4, top)})
+    if one.constant < FIXED * one([top]):
+        return one
+    filled = size(top, top) - one([top, top])
+    if filled < ROUNDING * one([top]):
+        return one
+    block = next((each for each in BLOCKS if _begins_another(one, size, min(2 * each, longest))), longest)
+    return replace(one, constant=one.constant - filled, filled=float(filled), block=block)
+
+
+def _through(sizes: Mapping[int, int]) -> Polynomial:
+    lengths, found = np.array(list(sizes)), np.array(list(sizes.values()), dtype=float)
+    constant, token, pair = np.linalg.solve(np.vander(lengths, increasing=True).astype(float), found)
+    if abs(pair) * lengths[-1] ** 2 < ROUNDING * found[-1]:  # blocks of a kernel, not attention scores
+        (token, constant), pair = np.polyfit(lengths, found, 1), 0.0
     return Polynomial(max(0.0, float(constant)), float(token), max(0.0, float(pair)))
 
 
-def _row(length: int) -> Batch:
-    targets = np.arange(length) > 0
-    return Batch([Row(np.ones(length, dtype=np.int64), targets)], [RowReference("memory", 0)], [0])
+def _begins_another(one: Polynomial, size: Callable[[int], int], length: int) -> bool:
+    """Whether a row of this length keeps more than one that is filled up to the same block."""
+    return size(length) > (1.0 + ROUNDING) * one([length])
 
 
-def _kept(model: nn.Module, forward: Callable[[], torch.Tensor]) -> int:
+def _rows(lengths: Sequence[int]) -> Batch:
+    rows = [Row(np.ones(length, dtype=np.int64), np.arange(length) > 0) for length in lengths]
+    return Batch(rows, [RowReference("memory", place) for place in range(len(rows))], list(range(len(rows))))
+
+
+def _layers_like_the_largest(model: nn.Module, forward: Callable[[], torch.Tensor]) -> float:
+    """Return what all layers keep, in layers that keep as much as the largest one; 1 if there are no layers."""
+    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList)]
+    inner = {id(part) for each in lists for part in each.modules() if part is not each}  # experts of a layer
+    layers = max((list(each) for each in lists if id(each) not in inner), key=len, default=[])
+    kept = [size for layer, size in _kept_by(model, layers, forward).items() if layer is not None]
+    return sum(kept) / max(kept) if any(kept) else 1.0
+
+
+def kept_by_backward(model: nn.Module, forward: Callable[[], torch.Tensor]) -> int:
     """Return the bytes that the backward pass would need from a forward pass, in addition to weights and buffers."""
-    places = {_place(each) for each in (*model.parameters(), *model.buffers())}
-    kept: dict[int, torch.Tensor] = {}
+    return sum(_kept_by(model, (), forward).values())
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
+
+def _kept_by(
+    model: nn.Module, layers: Iterable[nn.Module], forward: Callable[[], torch.Tensor]
+) -> dict[nn.Module | None, int]:
+    """Return what a forward pass keeps by layer, and outside of them (None)."""
+    places = {_place(each) for each in (*model.parameters(), *model.buffers())}
+    sizes: dict[nn.Module | None, int] = {}
+    now: list[nn.Module | None] = [None]
+
+    def pack(tensor: torch.Tensor) -> None:
         place = _place(tensor)
         if place not in places:
-            kept.setdefault(place, tensor.detach())  # held, so that no other tensor gets its memory
-        return tensor.detach()  # nodes that hold their own outputs, here or in `kept`, are never freed
+            places.add(place)
+            sizes[now[0]] = sizes.get(now[0], 0) + tensor.untyped_storage().nbytes()
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    def enter(layer: nn.Module, _given: object) -> None:
+        now[0] = layer
+
+    def leave(_layer: nn.Module, _given: object, _made: object) -> None:
+        now[0] = None
+
+    handles = [handle for each in layers for handle in (
+        each.register_forward_pre_hook(enter), each.register_forward_hook(leave)
+    )]  # fmt: skip
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, _never_unpacked):
+            forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sizes
 
 
-def _place(tensor: torch.Tensor) -> int:
-    """Return an identifier of a tensor's memory that is the same for all views, even if it has no memory."""
-    return cast(Any, StorageWeakRef)(tensor.untyped_storage()).cdata
+def _never_unpacked(_nothing: None) -> torch.Tensor:
+    raise AssertionError("there is no backward pass")
+
+
+def _place(tensor: torch.Tensor) -> StorageWeakRef:
+    """Return an identifier of a tensor's memory that is the same for all views, even if it has no memory.
+
+    No other memory gets it while it exists, even if the tensor does not any more: nothing that is counted is kept.
+    """
+    return cast(Any, StorageWeakRef)(tensor.untyped_storage())
