@@ -132,7 +132,9 @@ def _chosen(name: HubName, files: list[str]) -> list[str]:
     if name.path:
         below = name.path.rstrip("/") + "/"
         pattern = re.compile(".*".join(map(re.escape, name.path.split("*"))))  # of all signs, only * is one
-        asked = [file for file in readable if file.startswith(below) or pattern.fullmatch(file)]
+        inside = [file for file in readable if file.startswith(below)]
+        training = [file for file in inside if _TRAIN.search(file.removeprefix(below))]
+        asked = training or inside or [file for file in readable if pattern.fullmatch(file)]
         if not asked:
             raise _refusal(name, "there is no such file that Onward reads", readable)
         return asked
