@@ -244,6 +244,15 @@ class Api:
         ("hf://datasets/who/what", ["train-1.csv", "train-0.csv", "dev.csv"], ["main/train-0.csv", "main/train-1.csv"]),
         ("hf://datasets/who/what/b", ["a/x.jsonl", "b/y.jsonl"], ["main/b/y.jsonl"]),
         ("hf://datasets/who/what@refs%2Fx/b/*.csv", ["b/x.jsonl", "b/y.csv"], ["refs/x/b/y.csv"]),
+        ("hf://datasets/who/what/b", ["b/test-0.csv", "b/train-0.csv", "train.csv"], ["main/b/train-0.csv"]),
+        ("hf://datasets/who/what/b/*", ["b/test-0.csv", "b/train-0.csv"], ["main/b/test-0.csv", "main/b/train-0.csv"]),
+        ("hf://datasets/who/what/train", ["train/a.csv", "train/b.csv"], ["main/train/a.csv", "main/train/b.csv"]),
+        ("hf://datasets/who/what@refs/pr/7", ["a.csv"], ["refs/pr/7/a.csv"]),
+        ("hf://datasets/who/what@refs/convert/parquet/de", ["de/0.parquet", "en/0.parquet"],
+         ["refs/convert/parquet/de/0.parquet"]),
+        ("hf://datasets/who/what/a[1].csv", ["a1.csv", "a[1].csv"], ["main/a[1].csv"]),
+        ("hf://datasets/who/what/a?.csv", ["a1.csv", "a?.csv"], ["main/a?.csv"]),
+        ("hf://datasets/who/what/*[1].csv", ["b/a1.csv", "b/a[1].csv"], ["main/b/a[1].csv"]),
     ],
 )  # fmt: skip
 def test_files_of_a_data_set(tmp_path: Path, name: str, files: list[str], expected: list[str]) -> None:
@@ -316,4 +325,11 @@ def test_a_name_of_the_hub_in_a_command_is_one_line(model: Path, tmp_path: Path)
     for command in ("preview", "add"):
         refused = onward(command, "hf://datasets/who", "--run", run)
         assert_refused(refused, 2, "not the name of a data set", "hf://datasets/OWNER/NAME")
-    assert "hf://datasets/a/b@c/d" == str(HubName.of(Path("hf://datasets/a/b@c/d")))
+
+
+@pytest.mark.parametrize("revision", ["", "@c", "@c%2Fd", "@refs%2Fpr%2F7", "@refs%2Fconvert%2Fparquet"])
+def test_a_name_of_the_hub_is_printed_as_it_may_be_typed(revision: str) -> None:
+    """A slash in a revision stays apart from those of the path."""
+    for path in ("", "/d/e.csv"):
+        name = f"hf://datasets/a/b{revision}{path}"
+        assert name == str(HubName.of(Path(name)))

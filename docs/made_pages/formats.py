@@ -58,8 +58,8 @@ with each double quote inside it doubled; a file with any other quoting is refus
 - **A folder** that `Dataset.save_to_disk` wrote: its files one after another, as `FOLDER.arrow`. For a `DatasetDict`,
   name the split: `FOLDER/train`.
 - **A data set of the Hugging Face Hub**: `hf://datasets/OWNER/NAME`, followed by `@REVISION` and `/FILE` or `/FOLDER`
-  if needed; `*` matches any name. It is downloaded into the cache of `huggingface_hub`. If a data set has several
-  files, those for training are taken (`train` in their names).
+  if needed; `*` matches any name. It is downloaded into the cache of `huggingface_hub`. If a data set or a folder has
+  several files, those for training are taken (`train` in their names); `FOLDER/*` means all.
 
 A Parquet column that no row format reads may contain anything. In a column that a format reads, a row with a date, a
 decimal or binary data is refused.

@@ -96,11 +96,20 @@ def test_columns_of_the_config() -> None:
     row = {"question": "Q", "answer": "A", "text": "x", "messages": "y", "prompt": "z"}
     assert Completion("Q", "A") == parsed(columns.mapped(row))
     assert Text("x") == parsed(columns.mapped({"text": "x"}))
+    assert ["not read, because of columns: text, messages, prompt"] == columns.notes
     assert CHAT == parsed(columns.mapped({"query": "Q", "response": "A"}))
     assert Text("x") == parsed(mapped({"content": "x", "text": "y"}, text="content"))
     assert WITH_CONTEXT == parsed(
         mapped({"task": "Q", "extra": "C", "response": "A"}, instruction="task", input="extra")
     )
+
+
+def test_keys_that_columns_replace_are_named() -> None:
+    """A row's own key of the same name is not left out without a word."""
+    columns = Columns((("output", "answer"),))
+    assert CHAT == parsed(columns.mapped({"question": "Q", "answer": "A", "output": "x"}))
+    assert "not read, because of columns: output" in columns.notes
+    assert [] == Columns((("output", "answer"),)).notes
 
 
 def test_columns_of_a_row_without_all_of_them() -> None:

@@ -180,6 +180,16 @@ def test_what_unpacks_too_far_is_refused(tmp_path: Path, ending: str) -> None:
     assert "split the file, or raise max_unpacked_mb" == refusal_of(path, limits).remedy
 
 
+def test_a_zst_file_may_not_ask_for_any_memory(tmp_path: Path) -> None:
+    """One that was compressed with --long is not called damaged: another download would be the same."""
+    text = b'{"text": "a"}\n'
+    window = struct.pack("<B", (31 - 10) << 3)
+    frame = b"\x28\xb5\x2f\xfd\0" + window + struct.pack("<I", len(text) << 3 | 1)[:3] + text
+    problem = refusal_of(put(tmp_path / "a.jsonl.zst", frame))
+    assert "unpacking it takes more memory than zstd does without --long" == problem.reason
+    assert "zstd -d --long=31" in problem.remedy
+
+
 def test_an_xz_file_may_not_ask_for_any_memory(tmp_path: Path) -> None:
     """A dictionary beyond what `xz -9` takes is refused before it is allocated."""
     filters = [
@@ -313,6 +323,16 @@ def test_units_of_an_archive_are_those_of_what_it_holds(tmp_path: Path) -> None:
         path = put(tmp_path / "a.zip", zipped((member, data)))
         report = tokenize_file(path, tmp_path / "tokens", sha256_file(path), TOKENIZER)
         assert (unit, 1) == (report.unit, report.problem_count)
+
+
+def test_what_else_an_archive_holds_is_named(tmp_path: Path) -> None:
+    """Files that are not read are not left out without a word, but for those that a system adds by itself."""
+    others = [(name, b"x") for name in ("README.md", "b.xlsx", "__MACOSX/._a.jsonl", "d/.DS_Store")]
+    path = put(tmp_path / "a.zip", zipped(("d/a.jsonl", JSONL), *others))
+    report = tokenize_file(path, tmp_path / "tokens", sha256_file(path), TOKENIZER)
+    assert ["ignored files of the archive: README.md, b.xlsx"] == report.notes
+    alone = put(tmp_path / "b.zip", zipped(("a.jsonl", JSONL), *others[2:]))
+    assert [] == tokenize_file(alone, tmp_path / "more", sha256_file(alone), TOKENIZER).notes
 
 
 def test_memory_of_unpacking_is_bounded(tmp_path: Path) -> None:

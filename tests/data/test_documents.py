@@ -66,6 +66,15 @@ def test_documents_of_each_kind(tmp_path: Path) -> None:
     assert [(2, POEM.rstrip("\n"))] == documents_of(path, "file")
 
 
+def test_a_bad_byte_is_named_by_its_line(tmp_path: Path) -> None:
+    """Not by the line with which the document begins, which may be any number of lines before."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbf\none\ntwo\n\nthr\xe9e\n")
+    for documents, line in (("line", 5), ("blank", 5), ("file", 5)):
+        rows = list(read_rows(path, Reading(documents=documents)))
+        assert [(line, "byte 0xe9 is not UTF-8")] == [(row.line, row.problem) for row in rows if row.problem]
+
+
 @given(st.lists(st.text(st.sampled_from("ab \u00e9\t"), max_size=4), max_size=12))
 @settings(max_examples=60, deadline=None)
 def test_no_text_is_lost(tmp_path_factory: pytest.TempPathFactory, lines: list[str]) -> None:

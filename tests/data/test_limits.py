@@ -188,6 +188,20 @@ def test_a_text_that_the_template_makes_too_long_is_a_problem_of_its_row(tmp_pat
     assert expected == [problem.reason for problem in report.problems]
 
 
+def test_no_row_is_left_out_because_of_a_limit(tmp_path: Path) -> None:
+    """A limit refuses the file, whatever is left out: it may be raised, and the tokens of accepted files are made again
+    without limits."""
+    rows = [{"messages": [{"role": role, "content": "x" * size} for role in ("user", "assistant")]} for size in [9] * 9]
+    wide = {"messages": [{"role": role, "content": "x" * 400} for role in ("user", "assistant")]}
+    path = write_jsonl(tmp_path / "a.jsonl", [*rows, wide])
+    tokenizer = RowTokenizer(
+        byte_state("{% for m in messages %}{{ '-' * 500 + m.content + eos_token }}{% endfor %}"), 2000
+    )
+    reading = Reading(Limits(row_bytes=1500), leaves_out=True)
+    report = tokenize_file(path, tmp_path / "tokens", sha256_file(path), tokenizer, reading=reading)
+    assert (False, "", [10]) == (report.ok, report.way_out, [problem.line for problem in report.problems])
+
+
 def test_limits_of_a_config() -> None:
     """The keys of a config set the limits, and its defaults are theirs."""
     assert DEFAULT_LIMITS == Limits.of(Config())

@@ -74,6 +74,22 @@ def test_bad_rows_are_named_and_reading_goes_on() -> None:
     assert {"prompt": "e", "completion": "f"} == rows[-1].value
 
 
+def test_a_row_with_a_bad_byte_ends_where_its_quotes_end() -> None:
+    """What follows such a line inside a quoted field is no row of its own, and the row has one problem there."""
+    data = b'text\nfirst\n"one\nb\xe9d\nw\xf6rse\nthe ""tail"" of it"\nlast\n'
+    rows = list(table_rows(io.BytesIO(data), "csv", DEFAULT_LIMITS))
+    assert [(2, {"text": "first"}, None), (4, None, "byte 0xe9 is not UTF-8"), (7, {"text": "last"}, None)] == [
+        (row.line, row.value, row.problem) for row in rows
+    ]
+
+
+def test_names_of_columns_that_are_not_utf8_refuse_the_file() -> None:
+    """Without them no row can be read: the next line is not taken for the names."""
+    with pytest.raises(FileError, match="byte 0xe9 is not UTF-8") as refusal:
+        list(table_rows(io.BytesIO(b"text,caf\xe9\ntext,b\nc,d\n"), "csv", DEFAULT_LIMITS))
+    assert 1 == refusal.value.line
+
+
 @pytest.mark.parametrize(
     ("data", "line", "reason"),
     [

@@ -82,3 +82,17 @@ def test_a_library_that_makes_other_tokens_stops_the_run(
     run.train()
     assert ["done", "done"] == [entry["state"] for entry in run.history() if entry["position"]]
     monkeypatch.undo()
+
+
+def test_rows_that_were_left_out_are_left_out_again(tmp_path: Path, model: Path) -> None:
+    """Tokens that are made again, by a deep proof or because the cache is gone, lack every row that was left out: also
+    one of which nothing would be trained, as only the check of a new file finds out."""
+    run = new_run(tmp_path / "run", model, **SETTINGS, bad_rows="drop")
+    rows = [*tiny.chat_rows(8), {"text": "<|im_end|>"}, {"text": ""}]
+    run.train(tiny.write_jsonl(tmp_path / "a.jsonl", rows))
+    (entry,) = run.history()
+    assert (8, 2) == (entry["rows"], entry["bad_rows"])
+    run.verify(deep=True)
+    shutil.rmtree(run.layout.tokens)
+    run.train(tiny.write_jsonl(tmp_path / "b.jsonl", tiny.chat_rows(8, seed=1)))
+    assert ["done", "done"] == [entry["state"] for entry in run.history()]

@@ -219,7 +219,7 @@ class _Intake:
             try:
                 text = self._prepare(row)
             except BaseException as error:
-                self._refuse(row.line, error)
+                self._refuse(row.line, error, is_of_file=isinstance(error, FileError))  # a limit, as on reading
                 continue
             yield row.line, text
 

@@ -37,8 +37,8 @@ def member_name(descriptor: int) -> str:
         os.lseek(descriptor, place, os.SEEK_SET)
 
 
-def member_of(descriptor: int) -> tuple[str, Any]:
-    """Return the format and a buffered stream of the one file of an archive that Onward reads.
+def member_of(descriptor: int) -> tuple[str, Any, list[str]]:
+    """Return the format and a buffered stream of the one file of an archive that Onward reads, and what to know of it.
 
     Raises:
         FileError: as `member_name`.
@@ -53,7 +53,9 @@ def member_of(descriptor: int) -> tuple[str, Any]:
         if is_of_machine(error):
             raise
         raise _damage(error) from None
-    return form, io.BufferedReader(_Member(stream), BUFFER)
+    others = [info for info in _of_user(archive) if info is not member]
+    notes = [f"ignored files of the archive: {_named(others)}"] if others else []
+    return form, io.BufferedReader(_Member(stream), BUFFER), notes
 
 
 class _Member(io.RawIOBase):
@@ -87,16 +89,15 @@ def _opened(descriptor: int) -> zipfile.ZipFile:
 
 
 def _member(archive: zipfile.ZipFile) -> zipfile.ZipInfo:
-    known = [info for info in archive.infolist() if not info.is_dir() and _is_of_user(info.filename)]
+    known = _of_user(archive)
     readable = [info for info in known if format_of(info.filename) is not None]
     if len(readable) > 1:
-        names = ", ".join(printable(info.filename) for info in readable[:3])
         raise FileError(
-            f"the archive contains {len(readable)} files ({names}{', ...' if len(readable) > 3 else ''})",
+            f"the archive contains {len(readable)} files ({_named(readable)})",
             "unpack it, and add its files one by one",
         )
     if not readable:
-        names = ", ".join(printable(info.filename) for info in known[:3]) or "none"
+        names = _named(known) or "none"
         raise FileError(f"the archive contains no file that Onward reads (its files: {names})", "unpack or convert it")
     (info,) = readable
     if format_of(info.filename) in (*TABLE_FORMATS, *SEEKS):
@@ -112,10 +113,15 @@ def _member(archive: zipfile.ZipFile) -> zipfile.ZipInfo:
     return info
 
 
-def _is_of_user(name: str) -> bool:
-    """Whether a member is a user's file, not one that macOS's Finder adds next to each."""
-    parts = name.split("/")
-    return parts[0] != "__MACOSX" and not parts[-1].startswith(".")
+def _named(files: list[zipfile.ZipInfo]) -> str:
+    """Return the names of the first of some files."""
+    return ", ".join([*(printable(info.filename) for info in files[:3]), *(["..."] if len(files) > 3 else [])])
+
+
+def _of_user(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """Return the files that a user put into an archive, without those that macOS's Finder adds next to each."""
+    paths = [(info, info.filename.split("/")) for info in archive.infolist() if not info.is_dir()]
+    return [info for info, parts in paths if parts[0] != "__MACOSX" and not parts[-1].startswith(".")]
 
 
 def _directory_bytes(file: io.FileIO) -> int:

@@ -146,7 +146,8 @@ def open_bytes(source: SourceFile, limits: Limits) -> Generator[BinaryIO]:
         require_content(raw.peek(16)[:16], source.form, source.fileno(), source.path)
         packed: Any = raw
         if is_archive:
-            source.form, packed = member_of(source.fileno())
+            source.form, packed, notes = member_of(source.fileno())
+            source.notes += notes
             require_content(packed.peek(16)[:16], source.form, None, source.path)
         compression = source.form.partition(".")[2] or None
         size = source.size
@@ -169,6 +170,9 @@ def open_bytes(source: SourceFile, limits: Limits) -> Generator[BinaryIO]:
 def _damage(error: BaseException) -> FileError:
     if "memory usage limit" in str(error).lower():
         return FileError("unpacking it takes more memory than xz -9 does", "unpack it, and compress it with xz -9")
+    if "too much memory" in str(error).lower():
+        what = "unpacking it takes more memory than zstd does without --long"
+        return FileError(what, "unpack it with zstd -d --long=31, and compress it without --long")
     return FileError(f"the compressed file is damaged ({error})", "copy or download it again")
 
 

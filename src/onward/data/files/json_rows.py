@@ -10,11 +10,14 @@ from typing import Any, BinaryIO
 
 from onward.data.files.faults import TOO_DEEP, FileError
 from onward.data.files.limits import Limits
+from onward.data.files.lines import not_utf8
 from onward.data.strict_json import KEPT, RepeatedKey, require_single_keys
 
 TOO_MANY_DIGITS = ("not usable JSON: a number has more digits than can be read", "write the number as a string")
 """The reason and remedy given for an integer that Python refuses to convert."""
 JSON_CHUNK = 1 << 16
+ESCAPED = 0xDC00
+"""What `surrogateescape` adds to a byte that is not UTF-8."""
 
 
 def json_values(stream: BinaryIO, limits: Limits) -> Iterator[Any]:
@@ -32,8 +35,8 @@ def json_values(stream: BinaryIO, limits: Limits) -> Iterator[Any]:
         raise FileError(error.reason, error.remedy, row) from None
     except json.JSONDecodeError as error:
         raise FileError(f"not valid JSON: {error.msg}", "repair the file, or write it as .jsonl", row) from None
-    except UnicodeDecodeError as error:
-        raise FileError(f"not UTF-8: {error.reason}", "export the file again as UTF-8", row) from None
+    except UnicodeEncodeError as error:
+        raise FileError(*not_utf8(ord(error.object[error.start]) - ESCAPED), row) from None
     except RecursionError:
         raise FileError(*TOO_DEEP, row) from None
     except RepeatedKey as error:
@@ -53,7 +56,7 @@ class _JsonReader:
     _decode = json.JSONDecoder().raw_decode
 
     def __init__(self, stream: BinaryIO, limits: Limits) -> None:
-        self._text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+        self._text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
         self._limits = limits
         self._buffer = ""
         self._at = 0
@@ -91,7 +94,9 @@ class _JsonReader:
                     raise
             else:
                 if end < len(self._buffer) or not self._more():
-                    require_single_keys(value, self._buffer[self._at : end])
+                    text = self._buffer[self._at : end]
+                    text.encode()  # fails where a byte is not UTF-8; decoding would, but many rows ahead of that one
+                    require_single_keys(value, text)
                     self._at = end
                     return value
 

@@ -58,13 +58,17 @@ def lines_of(stream: BinaryIO, limits: Limits) -> Iterator[tuple[int, str | Sour
 
 
 def decoded(data: bytes, line: int) -> str | SourceRow:
-    """Return bytes that begin at `line` as text, or a row with the problem that they are not UTF-8."""
+    """Return bytes that begin at `line` as text, or a row with the problem that they are not UTF-8, at its line."""
     try:
         return data.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
         return _not_utf8(line, error)
 
 
+def not_utf8(byte: int) -> tuple[str, str]:
+    """Return the reason and the remedy for a byte that is not UTF-8."""
+    return f"byte 0x{byte:02x} is not UTF-8", "export the file again as UTF-8"
+
+
 def _not_utf8(line: int, error: UnicodeDecodeError) -> SourceRow:
-    byte = error.object[error.start]
-    return SourceRow(line, None, f"byte 0x{byte:02x} is not UTF-8", "export the file again as UTF-8")
+    return SourceRow(line + error.object.count(b"\n", 0, error.start), None, *not_utf8(error.object[error.start]))

@@ -34,6 +34,8 @@ def table_rows(stream: BinaryIO, form: str, limits: Limits) -> Iterator[SourceRo
     names: list[str] | None = None
     for line, fields in _records(stream, delimiter, limits):
         if isinstance(fields, SourceRow):
+            if names is None:
+                raise FileError(fields.problem or "", fields.remedy or "", fields.line)
             yield fields
         elif names is None:
             names = _header(fields, line, form)
@@ -56,15 +58,18 @@ def _header(fields: list[str], line: int, form: str) -> list[str]:
 
 
 def _records(stream: BinaryIO, delimiter: str, limits: Limits) -> Iterator[tuple[int, list[str] | SourceRow]]:
-    """Yield the first line number and the fields of every record; without a delimiter, the first record decides it."""
+    """Yield the first line number and the fields of every record; without a delimiter, the first record decides it.
+
+    A record with bytes that are not UTF-8 becomes a row with that problem, once it has ended: a quoted field may go on
+    after such a line, and what follows is no record of its own.
+    """
     record: _Record | None = None
+    problem: SourceRow | None = None
     first = size = 0
     for line, raw in raw_lines(stream, limits):
         text = decoded(raw, line)
         if isinstance(text, SourceRow):
-            yield line, text
-            record = None
-            continue
+            problem, text = problem or text, raw.decode(errors="replace")
         if record is None:
             if not text.strip("\r\n"):
                 continue
@@ -77,8 +82,8 @@ def _records(stream: BinaryIO, delimiter: str, limits: Limits) -> Iterator[tuple
         if record.feed(text):
             if record.fault:
                 raise FileError(*record.fault, line)
-            yield first, record.fields
-            record = None
+            yield first, problem or record.fields
+            record = problem = None
     if record is not None:
         raise FileError("a quoted field has no end", 'write a double quote inside a field as ""', first)
 

@@ -43,12 +43,15 @@ class Columns:
         self._sources = frozenset(self._columns.values())
         self._pairs: dict[tuple[str, str], None] = {}
         self._cased: dict[str, None] = {}
+        self._replaced: dict[str, None] = {}
 
     @property
     def notes(self) -> list[str]:
         """Return what the user should know: names that were taken for a question and its answer."""
         cased = [f"keys are read in lower case: {', '.join(map(printable, self._cased))}"] if self._cased else []
-        return [*(f"{question} and {answer} are read as a chat" for question, answer in self._pairs), *cased]
+        named = ", ".join(map(printable, self._replaced))
+        replaced = [f"not read, because of columns: {named}"] if named else []
+        return [*(f"{question} and {answer} are read as a chat" for question, answer in self._pairs), *cased, *replaced]
 
     def mapped(self, value: Any) -> Any:
         """Return a row with the keys of its format; anything but an object is returned as it is.
@@ -67,8 +70,10 @@ class Columns:
         """Map the columns that the config names; if they make a whole format, keys of other formats do not count."""
         named = {key: row[column] for key, column in self._columns.items() if column in row}
         aside = {key for keys in FORMATS for key in keys} if _has_format(named) else set[str]()
-        others = {key: item for key, item in row.items() if key not in self._sources and key not in aside}
-        return {**others, **named}
+        others = {key: item for key, item in row.items() if key not in self._sources}
+        replaced = [key for key in others if key in aside or key in named]
+        self._replaced.update(dict.fromkeys(replaced))  # keys of the config and of formats: few
+        return {**{key: item for key, item in others.items() if key not in replaced}, **named}
 
     def _in_lower_case(self, row: dict[Any, Any]) -> dict[Any, Any] | None:
         """Map keys that are those of a format, or of a question and its answer, apart from capitals and white space."""

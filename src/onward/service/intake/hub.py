@@ -6,7 +6,6 @@ and hashed like any others.
 
 from __future__ import annotations
 
-import fnmatch
 import re
 import threading
 from collections.abc import Callable, Sequence
@@ -22,6 +21,8 @@ from onward.text import printable, quoted
 SCHEME = "hf:"
 _TRAIN = re.compile(r"(^|[/_.-])train(ing)?([/_.-]|$)")
 _SHOWN = 5
+REFS = (["convert"], ["pr"])
+"""What follows `refs/` in revisions of which the Hub's own names have the slashes: `@refs/convert/parquet/FILE`."""
 LOOK = 0.2
 """Seconds between two checks of whether to end a download."""
 
@@ -52,11 +53,14 @@ class HubName:
             hint = "Name it as hf://datasets/OWNER/NAME, with /FILE after it for one of its files."
             where = printable(f"hf://{'/'.join([kind, *parts])}")  # a path has one slash where the name has two
             raise UsageError("this is not the name of a data set on the Hub", where=where, hint=hint)
-        name, _, revision = parts[1].partition("@")
-        return cls(f"{parts[0]}/{name}", revision.replace("%2F", "/") or None, "/".join(parts[2:]))
+        owner, named, *inner = parts
+        name, _, revision = named.partition("@")
+        if revision == "refs" and inner[:1] in REFS and len(inner) > 1:
+            revision, inner = "/".join([revision, *inner[:2]]), inner[2:]
+        return cls(f"{owner}/{name}", revision.replace("%2F", "/") or None, "/".join(inner))
 
     def __str__(self) -> str:
-        revision = f"@{self.revision}" if self.revision else ""
+        revision = f"@{self.revision.replace('/', '%2F')}" if self.revision else ""
         return f"hf://datasets/{self.repository}{revision}{'/' if self.path else ''}{self.path}"
 
 
@@ -127,7 +131,10 @@ def _chosen(name: HubName, files: list[str]) -> list[str]:
     readable = sorted(file for file in files if format_of(file) is not None and not file.startswith("."))
     if name.path:
         below = name.path.rstrip("/") + "/"
-        asked = [file for file in readable if file.startswith(below) or fnmatch.fnmatchcase(file, name.path)]
+        pattern = re.compile(".*".join(map(re.escape, name.path.split("*"))))  # of all signs, only * is one
+        inside = [file for file in readable if file.startswith(below)]
+        training = [file for file in inside if _TRAIN.search(file.removeprefix(below))]
+        asked = training or inside or [file for file in readable if pattern.fullmatch(file)]
         if not asked:
             raise _refusal(name, "there is no such file that Onward reads", readable)
         return asked

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from onward.atomic import remove_tree
 from onward.config import Config, stored_config
 from onward.data.files.faults import SourceChanged
 from onward.data.files.reading import Reading
+from onward.data.report import IntakeReport
 from onward.data.row_tokenizer import RowTokenizer, cache_key
 from onward.data.tokenize import tokenize_file
 from onward.data.tokenized import TokenizedFile
 from onward.errors import ConfigError, DamagedState
 from onward.layout import step_of
 from onward.service.intake.archive import require_original
+from onward.service.intake.rules import RunTokenizer
 from onward.service.session import Session
 from onward.store.files import HELD
 from onward.store.ledger import Ledger
@@ -77,25 +79,36 @@ def _make_again(session: Session, row: FileRow, config: Config, folder: Path, st
 def make_tokens(session: Session, row: FileRow, config: Config, made: Path, stop: Callable[[], None]) -> None:
     """Make the tokens of an accepted file from its original, in a new folder.
 
+    Rows that were left out when it was accepted are left out again. An earlier release may have accepted rows that are
+    refused now; in a file without left-out rows, or with more of them than are known, these stay.
+
     Raises:
         DamagedState: the archived original is not the file that was accepted.
         ConfigError: rows of the file are refused now.
     """
     original = require_original(session.layout, row, stop)
-    row_tokenizer = RowTokenizer(session.tokenizer_state, config.max_length, config.over_length)
     reading = Reading.of_accepted(config, row.bad_rows)
+    report = IntakeReport(ok=False)
     try:
-        report = tokenize_file(original, made, row.sha256, row_tokenizer, stop=stop, reading=reading)
+        for row_tokenizer in _tokenizers(session, row, config):
+            report = tokenize_file(original, made, row.sha256, row_tokenizer, stop=stop, reading=reading)
+            if report.ok:
+                return
     except SourceChanged:
         raise DamagedState(f"the archived original of {row.name} was changed", where=original) from None
-    if not report.ok:
-        first = report.problems[0]
-        raise ConfigError(
-            f"{row.name}, {report.unit} {first.line}: {first.reason}",
-            where="max_length, over_length, columns, text.documents",
-            hint="The file was accepted under another config, or by an earlier release that checked less. Put that "
-            f"back, or leave the file out: onward skip {typed(row.name)}",
-        )
+    first = report.problems[0]
+    raise ConfigError(
+        f"{row.name}, {report.unit} {first.line}: {first.reason}",
+        where="max_length, over_length, columns, text.documents",
+        hint="The file was accepted under another config, or by an earlier release that checked less. Put that "
+        f"back, or leave the file out: onward skip {typed(row.name)}",
+    )
+
+
+def _tokenizers(session: Session, row: FileRow, config: Config) -> Iterator[RowTokenizer]:
+    if row.bad_rows:
+        yield RunTokenizer(session.tokenizer_state, config, session.capacity.embedding_rows)
+    yield RowTokenizer(session.tokenizer_state, config.max_length, config.over_length)
 
 
 def forget_tokens(session: Session, sources: Collection[str] = ()) -> None:
