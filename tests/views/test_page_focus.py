@@ -69,3 +69,26 @@ def test_what_has_the_focus_keeps_it_when_news_comes(tmp_path: Path, browser: An
         sync_api.expect(page.locator("#waiting")).to_contain_text("d.jsonl")
         sync_api.expect(refused).to_be_focused()
         sync_api.expect(page.locator("#refused li")).to_be_visible()
+
+
+@pytest.mark.slow
+def test_the_file_in_training_is_in_sight_however_many_wait(tmp_path: Path, browser: Any) -> None:
+    """Of those that wait, the stream begins with the next three; a button and the search show the others."""
+    layout = made(tmp_path / "run")
+    with Ledger(layout.ledger) as ledger:
+        for number in range(300):
+            add_file(ledger, f"waits-{number}.jsonl", state="queued")
+    with serve([layout.root]) as served:
+        page = browser.new_page()
+        page.goto(f"{served.origin}/?token={served.key.token}")
+        rows = page.locator("#files tr")
+        sync_api.expect(rows).to_have_count(5)
+        named = [
+            name.split(":")[0] for name in page.locator("#files .name").evaluate_all("all => all.map(n => n.title)")
+        ]
+        assert ["waits-2.jsonl", "waits-1.jsonl", "waits-0.jsonl", "b.jsonl", "a.jsonl"] == named
+        page.fill("#find", "waits-29")
+        sync_api.expect(rows).to_have_count(11)
+        page.fill("#find", "")
+        page.get_by_role("button", name="Show all 302").click()
+        sync_api.expect(rows).to_have_count(302)

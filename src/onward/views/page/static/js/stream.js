@@ -4,7 +4,9 @@ import { byId, cell, fill, make, say, show } from "./dom.js";
 import { count, counted, duration, files, fixed, named } from "./format.js";
 import { openRows } from "./rows.js";
 
-const FIRST = 200;
+const FIRST = 50; // each is a stop of the Tab key on the way to what follows
+const NEXT = 3; // the queue has all that wait: what is trained is not to begin below them
+const WAITING = ["arriving", "queued"];
 const OUT = ["undone", "skipped", "quarantined"];
 let entries = [];
 let all = false;
@@ -57,11 +59,19 @@ function row(entry, index) {
     cell("Time", { class: "num" }, entry.seconds ? duration(entry.seconds) : "–"));
 }
 
+/* Without the files that wait, but for those that come next. */
+function withoutFarOff(rows) {
+  const waits = rows.filter(([entry]) => WAITING.includes(entry.state)).sort(([one], [other]) => one.position - other.position);
+  const far = new Set(waits.slice(NEXT));
+  return rows.filter((one) => !far.has(one));
+}
+
 function draw() {
   const wanted = byId("find").value.trim().toLowerCase();
   let shown = entries.map((entry, index) => [entry, index]).filter(([entry]) => entry.name.toLowerCase().includes(wanted));
   if (!ascending) shown = shown.reverse();
   const found = shown.length;
+  if (!all && !wanted) shown = withoutFarOff(shown);
   if (!all) shown = shown.slice(0, FIRST);
   const none = () => make("tr", { role: "row" }, make("td", { role: "cell", colspan: 10, class: "empty" }, entries.length ? "No file has that name." : "No file yet. Drop one into the inbox."));
   fill(byId("files"), found ? shown.map(([entry, index]) => row(entry, index)) : [none()]);
