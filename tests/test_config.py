@@ -12,11 +12,13 @@ import tiny
 from commands import make_run, onward
 
 from onward.config import Config, known_keys, stored_config
-from onward.config.keys import IDENTITY_KEYS, LATER_IDENTITY_KEYS
+from onward.config.elsewhere import KEYS_ELSEWHERE
+from onward.config.keys import HORIZON_SCHEDULES, IDENTITY_KEYS, LATER_IDENTITY_KEYS
 from onward.config.text import parse_config, parse_settings, read_config, render_yaml
 from onward.errors import ConfigError, Unreadable
 from onward.store.ledger import Ledger
 
+CLI = (Path(__file__).parents[1] / "docs" / "cli.md").read_text(encoding="utf-8")
 KEYS = [
     "model", "method", "seed", "dtype", "deterministic", "max_length", "over_length", "batch_size",
     "gradient_accumulation", "micro_batch_tokens", "activation_checkpointing", "cuda_graphs", "epochs", "parts",
@@ -113,7 +115,8 @@ def test_a_rate_may_be_written_in_any_way(text: str, tmp_path: Path) -> None:
     [
         ({"batchsize": 8}, ["unknown key 'batchsize'", "did you mean 'batch_size'"]),
         ({"rank": 8}, ["unknown key 'rank'", "did you mean 'lora.rank'"]),
-        ({"lora": {"r": 8}}, ["unknown key 'lora.r'"]),
+        ({"lora": {"r": 8}}, ["unknown key 'lora.r', which here is 'lora.rank'"]),
+        ({"max_steps": 9, "batchsize": 8}, ["unknown key 'max_steps', which here is no key", "'batchsize' (did you"]),
         ({"lora.rank.deep": 8}, ["unknown key 'lora.rank.deep'", "did you mean 'lora.rank'"]),
         ({"batch_size": True}, ["batch_size: true", "must be a number, not true or false"]),
         ({"learning_rate": False}, ["learning_rate: false", "not true or false"]),
@@ -147,6 +150,15 @@ def test_what_makes_no_sense_is_refused(values: dict[str, Any], words: list[str]
         refusal.value
     )
     assert 2 == refusal.value.exit_status
+
+
+def test_a_key_of_another_tool_is_answered_by_what_it_is_here() -> None:
+    """No such name is a key here or stands twice, and every key and command that its answer names exists."""
+    names = [name for names, _ in KEYS_ELSEWHERE for name in names]
+    assert [] == [name for name in names if name in known_keys() or names.count(name) > 1]
+    for told in (word.partition(":")[0] for _, here in KEYS_ELSEWHERE for word in re.findall("`([^`]+)`", here)):
+        command = re.match("onward [a-z]+", told)
+        assert f"## {command[0]}\n" in CLI if command else told in (*known_keys(), *HORIZON_SCHEDULES), told
 
 
 def test_a_schedule_with_a_horizon_takes_one() -> None:

@@ -79,6 +79,11 @@ def test_a_status_is_a_screen_of_lines(capsys: pytest.CaptureFixture[str]) -> No
     print_status(values, [event])
     assert status_lines(values, [event]) == capsys.readouterr().out.splitlines()
     assert "doing              waiting" in status_lines({**values, "doing": "waiting"}, [])
+    of_a_file = {"file_step": 0, "file_steps": 0, "lost_tokens": 0}
+    assert status_lines(values, []) == status_lines({**values, **of_a_file}, [])
+    assert ["file               a.jsonl", "file step          0", "file steps         0", "lost tokens        7"] == (
+        status_lines({"file": "a.jsonl", **of_a_file, "lost_tokens": 7}, [])
+    )
 
 
 def test_a_status_is_shown_again_and_again(capsys: pytest.CaptureFixture[str]) -> None:

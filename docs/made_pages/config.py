@@ -6,8 +6,9 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from made_pages.words import NOTE, cell, refusal
+from made_pages.words import NOTE, cell, names, refusal
 from onward.config import Config
+from onward.config.elsewhere import KEYS_ELSEWHERE
 from onward.config.keys import SECTIONS, acts
 from onward.config.text import parse_config
 from onward.errors import ConfigError
@@ -73,6 +74,17 @@ has used one of them, its `total_steps` cannot change: a schedule is not stretch
 | `rewarm` | continue | continue | the warmup counts steps of the file, not of the run |
 """
 
+CONFIG_ELSEWHERE = """\
+## Keys of other tools
+
+What a key of transformers' Trainer, TRL, Axolotl, LLaMA-Factory or Unsloth is here, where its name is another one.
+`learning_rate`, `weight_decay`, `max_grad_norm`, `warmup_steps`, `save_steps`, `seed`, `use_dora` and `use_rslora` keep
+their names, the last two below `lora`. A checkpoint of these tools is [adopted](adopting.md) with its settings.
+
+| there | here |
+|---|---|
+"""
+
 
 def config_page() -> str:
     """Return the text of config.md."""
@@ -87,6 +99,7 @@ def config_page() -> str:
         else:
             lines.append(_config_row(name, schema["properties"][name], field))
     lines += ["", "Under `method: full` the keys of `lora` have no effect, and may be changed.", "", CONFIG_CHANGES]
+    lines += [CONFIG_ELSEWHERE + "\n".join(f"| {names(there)} | {here} |" for there, here in KEYS_ELSEWHERE), ""]
     lines += ["## What is refused", "", "Exit status 2. For instance:", "", "| settings | answer |", "|---|---|"]
     for settings in REFUSED_SETTINGS:
         shown = ", ".join(f"`{key}: {json.dumps(value)}`" for key, value in settings.items())

@@ -191,8 +191,11 @@ def test_systemd_is_the_default(tmp_path: Path) -> None:
 def test_a_unit_computes_as_the_last_commit_did(
     asked: str | None, made: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With as many threads, on which bits depend, or as many as whoever prints it uses; on a CPU if that is said."""
+    """With as many threads, on which bits depend, or as many as whoever prints it uses; on a CPU if that is said, else
+    on the GPUs that whoever prints it sees.
+    """
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if asked:
         monkeypatch.setenv("OMP_NUM_THREADS", asked)
     layout = a_run(tmp_path)
@@ -210,3 +213,7 @@ def test_a_unit_computes_as_the_last_commit_did(
     threads = [f"OMP_NUM_THREADS={made or asked}"] if made or asked else []
     assert threads == variables() == variables("--gpu")
     assert [*threads, "CUDA_VISIBLE_DEVICES="] == variables("--cpu")
+    for seen in ("1", ""):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+        assert [*threads, f"CUDA_VISIBLE_DEVICES={seen}"] == variables() == variables("--gpu")
+        assert [*threads, "CUDA_VISIBLE_DEVICES="] == variables("--cpu")

@@ -284,3 +284,21 @@ def test_the_corner_of_the_newest_files_is_that_of_the_whole_table(tmp_path: Pat
     assert [[row[place] for place in (3, 4, 5, 6)] for row in whole["loss"][-2:]] == newest["loss"][1:]
     assert [7.0, 7.0, 6.5, 6.5] == newest["loss"][0]
     assert [False, True, False, False] == [file["trained"] for file in newest["files"]]
+
+
+def test_a_narrow_terminal_gets_positions_at_the_head_of_columns_then_fewer_files() -> None:
+    """The table is never wider than the terminal, where it would be wrapped; the rows have the names."""
+    grid = TABLE.to_dict()
+    named = grid_lines(grid)
+    assert named == grid_lines(grid, 61)
+    assert [
+        "loss after       1       2      3*  q.jsonl  anchor",
+        "base        4.0000  5.0000  6.0000        -  0.0000",
+    ] == grid_lines(grid, 60)[:2]
+    assert [
+        "loss after      3*  q.jsonl  anchor",
+        "base        6.0000        -  0.0000",
+        "3 c.jsonl   1.0000   8.0000  0.3000",
+        "2 earlier files are not shown; onward grid --csv and --json have every file",
+    ] == grid_lines(grid, 36)[:4]
+    assert named[6:] == grid_lines(grid, 36)[5:]

@@ -246,3 +246,11 @@ def test_only_what_is_checked_reaches_a_run(kind: str, passed: bool) -> None:
     access = RequireAccess(app, Key(), Hosts.of("127.0.0.1"), read_only=False)
     asyncio.run(access({"type": kind}, cast(Any, None), cast(Any, None)))
     assert ([kind] if passed else []) == came
+
+
+def test_runs_of_a_folder_come_as_people_count(tmp_path: Path) -> None:
+    """The second run comes before the tenth; runs that are named one by one keep their order."""
+    for name in ("run-10", "run-2", "a", "²"):
+        made_up_run(tmp_path / name, [("a.jsonl", 1)], float)
+    assert ["a", "run-2", "run-10", "²"] == [run.title for run in find_runs([tmp_path])]
+    assert ["run-10", "a"] == [run.title for run in find_runs([tmp_path / "run-10", tmp_path / "a"])]

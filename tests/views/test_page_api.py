@@ -115,8 +115,11 @@ def test_events_tell_the_state_then_what_changes(tmp_path: Path) -> None:
         name, steps = next(event for event in events if event[0] != "status")
         assert ("steps", [101], [0.25], [7.0]) == (name, steps["step"], steps["loss"], steps["time"])
         with Ledger(layout.ledger) as ledger:
-            add_file(ledger, "new.jsonl", state="queued")
-        assert ("changed", ["history"]) == next(event for event in events if event[0] != "status")
+            new = add_file(ledger, "new.jsonl", state="queued")
+        assert ("changed", ["history", "overview"]) == next(event for event in events if event[0] != "status")
+        with Ledger(layout.ledger) as ledger:
+            ledger.set_file(new, state="training", position=3, start_step=101, planned_steps=5)  # no longer waits
+        assert ("changed", ["history", "overview"]) == next(event for event in events if event[0] != "status")
         layout.inbox.joinpath("c.jsonl").write_text("{}")
         assert ("changed", ["overview"]) == next(event for event in events if event[0] != "status")
         with Ledger(layout.ledger) as ledger:

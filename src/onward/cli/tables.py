@@ -82,8 +82,13 @@ def _status_texts(values: dict[str, Any]) -> list[tuple[str, str]]:
         "tokens_per_second": ("speed", lambda value: f"{value:.0f} tokens/s"),
     }
     texts: list[tuple[str, str]] = []
+    left_out = {"hangs"}  # the problem says it in words
+    if values.get("file") is None:
+        left_out |= {"file_step", "file_steps"}
+    if not values.get("lost_tokens"):
+        left_out.add("lost_tokens")
     for key, value in values.items():
-        if key == "hangs":  # for programs: the problem says it in words
+        if key in left_out:
             continue
         if value is not None and (key, value) != ("doing", values.get("state")):
             title, form = shown.get(key, (key.replace("_", " "), _plain))

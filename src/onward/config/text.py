@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from onward.config.config import Config, known_keys
+from onward.config.elsewhere import HERE
 from onward.config.keys import IDENTITY_KEYS, NEAR_SECRETS, SECTIONS
 from onward.errors import ConfigError, Unreadable
 
@@ -29,7 +30,8 @@ def parse_config(values: Mapping[str, Any], *, where: object = None) -> Config:
     """Validate nested or dotted values.
 
     Raises:
-        ConfigError: unknown keys, wrong types or impossible values; unknown keys come with the nearest valid name.
+        ConfigError: unknown keys, wrong types or impossible values. Unknown keys come with the nearest valid name,
+            those of other tools with what they are here.
     """
     if not isinstance(values, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError(f"a config is a mapping of keys to values, not {values!r}", where=where)
@@ -119,7 +121,7 @@ def flattened(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _nested(values: Mapping[str, Any], where: object) -> dict[str, Any]:
-    """Nest dotted keys and refuse unknown ones, each with the nearest valid name."""
+    """Nest dotted keys and refuse unknown ones, each with what it is here or the nearest valid name."""
     result: dict[str, Any] = {}
     for key, value in values.items():
         section, dot, rest = str(key).partition(".")
@@ -135,13 +137,15 @@ def _nested(values: Mapping[str, Any], where: object) -> dict[str, Any]:
     names = [key for key in result if key not in SECTIONS]
     names += [f"{name}.{key}" for name, section in sections.items() for key in section]
     known = set(known_keys())
-    for name in names:
-        if name not in known:  # its value is not shown: it may be a misspelt secret
-            raise ConfigError(f"unknown key {name!r}{_nearest(name)}", where=where, hint=KEYS_HINT)
+    unknown = [f"unknown key {name!r}{_meant(name)}" for name in names if name not in known]
+    if unknown:  # values are not shown: one may be a misspelt secret
+        raise ConfigError("; ".join(unknown), where=where, hint=KEYS_HINT)
     return result
 
 
-def _nearest(name: str) -> str:
+def _meant(name: str) -> str:
+    if name in HERE:
+        return f", which here is {HERE[name]}"
     keys = known_keys()
     close = [key for key in keys if key.endswith("." + name.rpartition(".")[2])]
     close = close or difflib.get_close_matches(name, keys, n=1, cutoff=0.5)

@@ -56,9 +56,13 @@ def newest_corner(grid: Values, count: int) -> tuple[Values, str]:
     return part_of(grid, lambda position: position > left[-1]), words
 
 
-def grid_lines(whole: Values) -> list[str]:
-    """Return the table of the newest files as lines, with the figures of the whole one under it."""
-    grid, words = newest_corner(whole, ON_SCREEN)
+def grid_lines(whole: Values, width: int | None = None) -> list[str]:
+    """Return the table of the newest files as lines, with the figures of the whole one under it.
+
+    Args:
+        width: columns of the terminal. In a wider table, a column of a file is headed by its position alone, which the
+            rows have with its name; if that is not enough, fewer files are shown.
+    """
     if not whole["files"]:
         return ["nothing has been measured, because nothing has been trained yet; onward train FILE"]
     if not any(value is not None for row in (*whole["loss"], whole["anchor"]) for value in row):
@@ -66,7 +70,24 @@ def grid_lines(whole: Values) -> list[str]:
             "nothing has been measured yet: evaluation.share in the config limits how much may be measured, "
             "and short files allow little; onward evaluate measures everything now"
         ]
-    names = [_title(file, NAME_WIDTH) for file in grid["files"]]
+    grid, words = newest_corner(whole, ON_SCREEN)
+    lines = _table(grid, is_named=True)
+    for count in range(ON_SCREEN, 0, -1):
+        if width is None or max(map(cell_len, lines)) <= width:
+            break
+        grid, words = newest_corner(whole, count)
+        lines = _table(grid, is_named=False)
+    note = f"{ELSEWHERE} measured on other rows than the newest of the column: not to be compared with it"
+    notes = [note] if grid["other_rows"] else []
+    return [*lines, *([words] if words else []), "", *_figures(whole), *notes]
+
+
+def _table(grid: Values, *, is_named: bool) -> list[str]:
+    """Return a row per boundary with a column per file, aligned; columns are named, or have only the position."""
+    names = [
+        _title(file, NAME_WIDTH) if is_named or file["position"] is None else f"{file['position']}{_mark(file)}"
+        for file in grid["files"]
+    ]
     head = ["loss after", *names, "anchor"]
     body = [
         [_after(grid, place), *(_marked(grid, (place, at), loss) for at, loss in enumerate(row)), _number(anchor)]
@@ -75,9 +96,7 @@ def grid_lines(whole: Values) -> list[str]:
     widths = [max(cell_len(row[column]) for row in (head, *body)) for column in range(len(head))]
     lines = ["  ".join(_padded(cell, width, place) for place, (cell, width) in enumerate(zip(row, widths, strict=True)))
              for row in (head, *body)]  # fmt: skip
-    note = f"{ELSEWHERE} measured on other rows than the newest of the column: not to be compared with it"
-    notes = [note] if grid["other_rows"] else []
-    return [*(line.rstrip() for line in lines), *([words] if words else []), "", *_figures(whole), *notes]
+    return [line.rstrip() for line in lines]
 
 
 def _figures(grid: Values) -> list[str]:
@@ -192,8 +211,11 @@ def _after(grid: Values, place: int) -> str:
 def _title(file: Values, width: int | None) -> str:
     position = "" if file["position"] is None else f"{file['position']} "
     name = printable(file["name"])
-    mark = TRAINED if file["trained"] and width is not None else ""
-    return f"{position}{name if width is None else _short(name, width)}{mark}"
+    return f"{position}{name}" if width is None else f"{position}{_short(name, width)}{_mark(file)}"
+
+
+def _mark(file: Values) -> str:
+    return TRAINED if file["trained"] else ""
 
 
 def _short(text: str, width: int) -> str:

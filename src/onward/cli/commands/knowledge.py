@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from onward.cli.options import JsonOption, RunOption
 from onward.cli.output import show
 from onward.errors import UsageError, cannot_write
 from onward.layout import RunLayout
-from onward.terminal import say, show_line
+from onward.terminal import is_interactive, say, show_line
 from onward.text import quoted
 
 
@@ -43,7 +44,10 @@ def grid(
     elif as_csv:
         show_line(grid_csv(found).rstrip("\n"))
     elif svg is None:
-        for line in grid_lines(found):
+        from rich.console import Console
+
+        width = Console().width if is_interactive(sys.stdout) else None
+        for line in grid_lines(found, width):
             show_line(line)
 
 

@@ -95,6 +95,11 @@ class Host:
         """Those of `KEPT_VARIABLES` that are set."""
         return {name: self.environment[name] for name in KEPT_VARIABLES if self.environment.get(name)}
 
+    @property
+    def gpus(self) -> dict[str, str]:
+        """`GPUS` if it is set, be it to nothing: without it, every daemon of a machine would take the first one."""
+        return {GPUS: self.environment[GPUS]} if GPUS in self.environment else {}
+
 
 def systemd_unit(
     run: Path,
@@ -121,7 +126,7 @@ def systemd_unit(
     require_printable("unit", str(run), host.python)
     account = _account(run, user, host.uid)
     in_temporary = any(path.is_relative_to(place) for path in (run, run.resolve()) for place in TEMPORARY)
-    variables = {**host.kept, **({THREADS: threads} if threads else {}), **({GPUS: ""} if on_cpu else {})}
+    variables = {**host.kept, **({THREADS: threads} if threads else {}), **({GPUS: ""} if on_cpu else host.gpus)}
     is_alone = devices == "1"  # otherwise rank 0, a child of the main process, is what notifies
     return UNIT.format(
         notifiers="main" if is_alone else "all",

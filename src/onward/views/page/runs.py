@@ -48,8 +48,14 @@ def find_runs(directories: Sequence[Path]) -> list[NamedRun]:
 
 def _runs_in(directory: Path) -> list[RunLayout]:
     layout = RunLayout(directory)
-    others = [] if layout.ledger.is_file() else [RunLayout(entry) for entry in entries(directory)]
+    found = [] if layout.ledger.is_file() else sorted(entries(directory), key=lambda entry: _counting(entry.name))
+    others = [RunLayout(entry) for entry in found]
     below = [other for other in others if other.ledger.is_file()]
     if not below:
         layout.require()
     return below or [layout]
+
+
+def _counting(name: str) -> list[str | int]:
+    """Return what sorts names as people count: run-2 comes before run-10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]

@@ -143,9 +143,9 @@ class Watcher:
             messages.append(self._state())
             messages += self._steps(ledger, now)
             now.files = ledger.files_mark()
-            if now.files != seen.files:
-                messages.append(("changed", ["history"]))
-        if now.around != seen.around:
+        if now.files != seen.files:
+            messages.append(("changed", ["history", "overview"]))  # a file whose training begins leaves the queue
+        elif now.around != seen.around:
             messages.append(("changed", ["overview"]))
         self._seen = now
         return messages

@@ -1,6 +1,6 @@
 /* What stands around the curve: inbox and queue, refused files, proof, restore points, disk, events. */
 import { get } from "./api.js";
-import { byId, make, readOnly, say, show } from "./dom.js";
+import { byId, fill, make, readOnly, say, show } from "./dom.js";
 import { afterFile, ago, clock, count, counted, files, fixed, named, size } from "./format.js";
 import { goBack } from "./controls.js";
 import { offerPoints } from "./talk.js";
@@ -29,7 +29,7 @@ function showWaiting(queue, inbox) {
   const shown = items.slice(0, FEW).map(([name, what]) => make("li", {}, make("span", { class: "grow clamp", title: name }, named(name)), make("span", { class: "dim" }, what)));
   if (items.length > FEW) shown.push(make("li", { class: "dim" }, `and ${count(items.length - FEW)} more`));
   if (!items.length) shown.push(make("li", { class: "empty" }, "Nothing waits."));
-  byId("waiting").replaceChildren(...shown);
+  fill(byId("waiting"), shown);
 }
 
 function problem(report, found) {
@@ -38,19 +38,19 @@ function problem(report, found) {
 }
 
 function showRefused(reports) {
-  const open = new Set([...byId("refused").querySelectorAll("details[open]")].map((element) => element.dataset.key));
+  const open = new Set([...byId("refused").querySelectorAll("details[open] > summary")].map((element) => element.dataset.key));
   say("refused-count", reports.length ? count(reports.length) : "");
   const shown = reports.map((report) => {
     const key = `${report.file} ${report.rejected}`;
     const problems = counted(report.problem_count, "problem");
     const hidden = report.problem_count - report.problems.length;
-    return make("details", { "data-key": key, open: open.has(key) },
-      make("summary", { title: report.file }, make("span", { class: "clamp" }, named(report.file)), make("span", { class: "dim block" }, `${problems} · ${ago(report.rejected)}`)),
+    return make("details", { open: open.has(key) },
+      make("summary", { title: report.file, "data-key": key }, make("span", { class: "clamp" }, named(report.file)), make("span", { class: "dim block" }, `${problems} · ${ago(report.rejected)}`)),
       make("ul", { class: "report" }, ...report.problems.map((found) => problem(report, found))),
       hidden > 0 ? make("p", { class: "dim" }, `and ${count(hidden)} more`) : null,
       report.way_out ? make("p", { class: "dim" }, report.way_out) : null);
   });
-  byId("refused").replaceChildren(...(shown.length ? shown : [make("p", { class: "empty" }, "None.")]));
+  fill(byId("refused"), shown.length ? shown : [make("p", { class: "empty" }, "None.")]);
 }
 
 export function showVerified(proof) {
@@ -70,7 +70,7 @@ function showProof(proof) {
   const classes = Object.entries(proof.classes).map(([name, number]) => `${count(number)} ${name}`);
   say("handover-words", classes.length ? `Handovers: ${classes.join(", ")}` : "No handover yet.");
   show("handovers", proof.handovers.length > 0);
-  byId("handover-rows").replaceChildren(...proof.handovers.map((entry) => make("tr", {},
+  fill(byId("handover-rows"), proof.handovers.map((entry) => make("tr", {},
     make("td", { class: "num" }, count(entry.step)),
     make("td", {}, entry.file ?? entry.kind),
     make("td", { class: entry.class === "bitwise" ? "" : "warn-text" }, entry.difference ? `${entry.class} (${entry.difference})` : entry.class),
@@ -80,8 +80,8 @@ function showProof(proof) {
 function showPoints(points) {
   const shown = points.map((point) => make("li", {},
     make("span", { class: "grow", title: point.file ?? "" }, `Step ${count(point.step)}`, make("span", { class: "dim clamp" }, `${afterFile(point)}${point.time ? `, ${ago(point.time)}` : ""}`)),
-    readOnly() ? null : make("button", { type: "button", class: "small", "aria-label": `Go back to step ${point.step}`, onclick: () => goBack(point.step) }, "Go back")));
-  byId("points").replaceChildren(...(shown.length ? shown : [make("li", { class: "empty" }, "None yet: the first file makes one.")]));
+    readOnly() ? null : make("button", { type: "button", class: "small", "data-key": point.step, "aria-label": `Go back to step ${point.step}`, onclick: () => goBack(point.step) }, "Go back")));
+  fill(byId("points"), shown.length ? shown : [make("li", { class: "empty" }, "None yet: the first file makes one.")]);
 }
 
 function showDisk(disk) {
@@ -91,10 +91,10 @@ function showDisk(disk) {
 
 function showEvents(events) {
   const kinds = { warning: "warn-text", error: "error-text" };
-  byId("events").replaceChildren(...events.slice().reverse().map((event) => make("li", {},
+  const shown = events.slice().reverse().map((event) => make("li", {},
     make("time", { class: "dim", datetime: new Date(event.created * 1000).toISOString() }, clock(event.created)),
-    make("span", { class: kinds[event.level] ?? "" }, event.level === "info" ? "" : `${event.level}: `, event.message))));
-  if (!events.length) byId("events").append(make("li", { class: "empty" }, "Nothing happened yet."));
+    make("span", { class: kinds[event.level] ?? "" }, event.level === "info" ? "" : `${event.level}: `, event.message)));
+  fill(byId("events"), shown.length ? shown : [make("li", { class: "empty" }, "Nothing happened yet.")]);
 }
 
 /* What the model knows: a row for each boundary, a column for each file, of the newest ones. */

@@ -15,6 +15,20 @@ export function make(tag, attributes = {}, ...children) {
 /* A cell of a table that a narrow screen shows as blocks: each then says what its column is. */
 export const cell = (label, attributes = {}, ...children) => make("td", { role: "cell", "data-label": label, ...attributes }, ...children);
 
+/* Gives a parent these children. Those that are equal stay as they are, and with them focus, selection and the place of a
+   screen reader; where the one that has the focus is replaced, the focus goes to what has the same data-key. */
+export function fill(parent, children) {
+  const key = parent.contains(document.activeElement) ? document.activeElement.dataset.key : undefined;
+  children.forEach((child, index) => {
+    const old = parent.children[index];
+    if (!old) parent.append(child);
+    else if (!old.isEqualNode(child)) old.replaceWith(child);
+  });
+  [...parent.children].slice(children.length).forEach((old) => old.remove());
+  if (key === undefined || parent.contains(document.activeElement)) return;
+  [...parent.querySelectorAll("[data-key]")].find((element) => element.dataset.key === key)?.focus({ preventScroll: true });
+}
+
 export function say(id, text) {
   const element = byId(id);
   if (element && element.textContent !== text) element.textContent = text;

@@ -1,6 +1,6 @@
 /* Talk to a state of the run, or to two at once: the same messages, the same seed. */
 import { answer as answerOf } from "./api.js";
-import { byId, make, readOnly } from "./dom.js";
+import { byId, fill, make, readOnly } from "./dom.js";
 import { afterFile, count, counted } from "./format.js";
 
 const MOST_TOKENS = 512;
@@ -19,7 +19,7 @@ function makeColumn(index) {
 
 function offer(column, wanted) {
   const choices = [["", "Newest commit"], ...points.map((point) => [`step:${point.step}`, `Step ${count(point.step)}, ${afterFile(point)}`])];
-  column.choice.replaceChildren(...choices.map(([value, text]) => make("option", { value, selected: value === wanted || value === `step:${wanted}` }, text)));
+  fill(column.choice, choices.map(([value, text]) => make("option", { value, selected: value === wanted || value === `step:${wanted}` }, text)));
 }
 
 export function offerPoints(list) {
