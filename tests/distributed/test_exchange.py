@@ -94,6 +94,7 @@ def compare(folder: Path) -> None:
     group.end()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_the_sum_does_not_know_the_number_of_ranks(size: int, tmp_path: Path) -> None:
     """Loss and gradients of any number of ranks are those of one, bit for bit, also in small buckets; `fast` ones are

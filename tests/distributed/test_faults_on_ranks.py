@@ -53,6 +53,7 @@ def points(total: int, rank: int) -> Iterator[tuple[int, str]]:
         yield 1 + (2 * number + 1) * total // (2 * POINTS), KINDS[(number + rank + 2) % len(KINDS)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sweep", "rank"), CASES, indirect=["sweep"])
 def test_faults_of_one_rank(sweep: Sweep, rank: int, tmp_path: Path) -> None:
     """No space, a failing disk or a kill at the n-th change of a rank: one device goes on to the undisturbed bits."""

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 APART = ROOT / ".qlora"
 
 
+@pytest.mark.slow
 def test_quantized_runs_are_exact_and_load_in_stock_peft(tmp_path: Path) -> None:
     """Two equal runs, one of them killed, have equal bits; an evaluation changes no weight; PEFT loads the adapter."""
     if importlib.util.find_spec("bitsandbytes") is None and not (APART / "bitsandbytes").is_dir():
