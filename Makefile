@@ -10,8 +10,8 @@ QLORA := .qlora
 # What makes the site and the wheel, apart from the rest.
 SITE := .site
 DATA ?= $(wildcard ../shared/data)
-# The newest Python of the classifiers: code and the standard library's types are checked for it too.
-NEWEST := $(shell sed -n 's/.*Python :: \(3\.[0-9]*\)".*/\1/p' pyproject.toml | sort -V | tail -1)
+# The oldest and the newest Python of the classifiers: code and the standard library's types are checked for both.
+PYTHONS := $(shell sed -n 's/.*Python :: \(3\.[0-9]*\)".*/\1/p' pyproject.toml | sort -V | sed -n '1p;$$p')
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
@@ -44,8 +44,8 @@ lint: $(READY) ## style, types for the oldest and the newest Python, layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@command -v node >/dev/null || $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt "pyright[nodejs]"
-	$(BIN)/pyright
-	$(BIN)/pyright --pythonversion $(NEWEST)
+	@$(BIN)/pyright --version # which sets it up: not both at once
+	echo $(PYTHONS) | xargs -n 1 -P 2 $(BIN)/pyright --pythonversion
 	$(BIN)/lint-imports
 
 format: $(READY) ## let ruff mend what it can
