@@ -51,7 +51,7 @@ BAD_FILES: dict[str, tuple[bytes, tuple[str, ...]]] = {
         ("utf-16.jsonl, line 1: the text is UTF-16, not UTF-8", "iconv -f UTF-16"),
     ),
     "binary.jsonl": (bytes(range(256)) * 8, ("binary.jsonl, line 1: the content is not text", "write it as text")),
-    "late-nul.jsonl": (GOOD * 20 + b'{"text": "\x00"}\n', ("late-nul.jsonl, line 21: not valid JSON",)),
+    "late-nul.jsonl": (GOOD * 20 + b'{"text": "\x00"}\n', ("late-nul.jsonl, line 21: it contains zero bytes",)),
     "list.jsonl": (GOOD + b"[1, 2]\n", ("list.jsonl, line 2: the row is a list, not an object", SHAPES)),
     "number.jsonl": (GOOD + b"42\n", ("number.jsonl, line 2: the row is a number, not an object", SHAPES)),
     "null.jsonl": (b"null\n", ("null.jsonl, line 1: the row is null, not an object", SHAPES)),

@@ -148,3 +148,23 @@ def test_a_text_that_is_not_utf_8_is_a_problem_of_its_row(tmp_path: Path) -> Non
     first, second = texts_of(path)
     assert "good" == first
     assert "UnicodeDecodeError" in second.reason
+
+
+@pytest.mark.parametrize("kind", ["file", "stream"])
+def test_rows_are_not_lost_where_a_file_is_cut_off_or_joined(tmp_path: Path, kind: str) -> None:
+    """Arrow's reader takes bytes that are no message for the end of the rows, and reads the first of joined files."""
+    sink, table = io.BytesIO(), pyarrow.table({"text": ["a", "b", "c"]})
+    with getattr(pyarrow.ipc, f"new_{kind}")(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=1)
+    data, path = sink.getvalue(), tmp_path / "a.arrow"
+    end = data.rindex(b"\xff\xff\xff\xff\0\0\0\0")
+    begin = data.rindex(b"\xff\xff\xff\xff", 0, end)  # of the last row
+    path.write_bytes(data)
+    assert ["a", "b", "c"] == texts_of(path)
+    for size in range(begin + 1, end + (8 if kind == "file" else 0)):
+        path.write_bytes(data[:size])
+        assert "the arrow file is cut off" == refusal_of(path).reason
+    path.write_bytes(data + data)
+    assert "more follows after the last row, as where files were joined" == refusal_of(path).reason
+    path.write_bytes(data[:end] + bytes(8) + data[end:])
+    assert "not a readable arrow file" == refusal_of(path).reason

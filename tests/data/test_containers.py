@@ -325,6 +325,12 @@ def test_units_of_an_archive_are_those_of_what_it_holds(tmp_path: Path) -> None:
         assert (unit, 1) == (report.unit, report.problem_count)
 
 
+def test_a_joined_archive_is_refused(tmp_path: Path) -> None:
+    """Readers of zip see only the last of several archives, one after another."""
+    path = put(tmp_path / "a.zip", zipped(("a.jsonl", JSONL)) + zipped(("b.jsonl", JSONL)))
+    assert "something else precedes the archive, such as another one" == refusal_of(path).reason
+
+
 def test_what_else_an_archive_holds_is_named(tmp_path: Path) -> None:
     """Files that are not read are not left out without a word, but for those that a system adds by itself."""
     others = [(name, b"x") for name in ("README.md", "b.xlsx", "__MACOSX/._a.jsonl", "d/.DS_Store")]

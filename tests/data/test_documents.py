@@ -66,13 +66,22 @@ def test_documents_of_each_kind(tmp_path: Path) -> None:
     assert [(2, POEM.rstrip("\n"))] == documents_of(path, "file")
 
 
-def test_a_bad_byte_is_named_by_its_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("documents", ["line", "blank", "file"])
+def test_a_bad_byte_is_named_by_its_line(tmp_path: Path, documents: Documents) -> None:
     """Not by the line with which the document begins, which may be any number of lines before."""
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbf\none\ntwo\n\nthr\xe9e\n")
-    for documents, line in (("line", 5), ("blank", 5), ("file", 5)):
-        rows = list(read_rows(path, Reading(documents=documents)))
-        assert [(line, "byte 0xe9 is not UTF-8")] == [(row.line, row.problem) for row in rows if row.problem]
+    rows = list(read_rows(path, Reading(documents=documents)))
+    assert [(5, "byte 0xe9 is not UTF-8")] == [(row.line, row.problem) for row in rows if row.problem]
+
+
+@pytest.mark.parametrize("documents", ["line", "blank", "file"])
+def test_zero_bytes_are_no_text(tmp_path: Path, documents: Documents) -> None:
+    """They stand where a crash left a hole; the line is named, and they are not trained."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one " * 32 + b"\n\ntwo\n" + bytes(9) + b"hree\n")
+    (bad,) = (row for row in read_rows(path, Reading(documents=documents)) if row.problem)
+    assert (4, "it contains zero bytes, which are no text") == (bad.line, bad.problem)
 
 
 @given(st.lists(st.text(st.sampled_from("ab \u00e9\t"), max_size=4), max_size=12))

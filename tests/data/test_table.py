@@ -83,6 +83,14 @@ def test_a_row_with_a_bad_byte_ends_where_its_quotes_end() -> None:
     ]
 
 
+@pytest.mark.parametrize("header", ["prompt,completion", '"prompt",completion', "\ufeffprompt, completion "])
+def test_a_row_that_repeats_the_header_is_bad(header: str) -> None:
+    """Tables that were joined have it in the middle; it would be trained as a question and its answer."""
+    rows = rows_of(f"prompt,completion\na,b\n{header}\nc,d\nprompt,x\n")
+    assert [None, "the row repeats the names of the columns", None, None] == [row.problem for row in rows]
+    assert {"prompt": "prompt", "completion": "x"} == rows[-1].value
+
+
 def test_names_of_columns_that_are_not_utf8_refuse_the_file() -> None:
     """Without them no row can be read: the next line is not taken for the names."""
     with pytest.raises(FileError, match="byte 0xe9 is not UTF-8") as refusal:

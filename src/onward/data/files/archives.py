@@ -89,6 +89,8 @@ def _opened(descriptor: int) -> zipfile.ZipFile:
 
 
 def _member(archive: zipfile.ZipFile) -> zipfile.ZipInfo:
+    if min((info.header_offset for info in archive.infolist()), default=0) > 0:
+        raise FileError("something else precedes the archive, such as another one", "unpack each, and add their files")
     known = _of_user(archive)
     readable = [info for info in known if format_of(info.filename) is not None]
     if len(readable) > 1:

@@ -8,6 +8,12 @@ from typing import Any, BinaryIO
 
 from onward.data.files.limits import Limits
 
+ZEROS = (
+    "it contains zero bytes, which are no text",
+    "copy or write the file again; if the rest is whole, remove them: tr -d '\\000'",
+)
+"""The reason and the remedy for what a crash or a broken copy leaves."""
+
 
 @dataclass(frozen=True)
 class SourceRow:
@@ -41,24 +47,24 @@ def raw_lines(stream: BinaryIO, limits: Limits) -> Iterator[tuple[int, bytes]]:
 
 
 def lines_of(stream: BinaryIO, limits: Limits) -> Iterator[tuple[int, str | SourceRow]]:
-    """Yield every line that is not blank, without its line ending; a line that is not UTF-8 becomes a row with that
-    problem.
+    """Yield every line that is not blank, without its line ending; a line that is no text becomes a bad row.
 
     Raises:
         FileError: a line exceeds the limit of a row.
     """
     for line, raw in raw_lines(stream, limits):
-        try:
-            text = raw.rstrip(b"\r\n").decode("utf-8-sig" if line == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            yield line, _not_utf8(line, error)
-            continue
-        if text and not text.isspace():
+        text = decoded(raw.rstrip(b"\r\n"), line)
+        if isinstance(text, SourceRow) or (text and not text.isspace()):
             yield line, text
 
 
 def decoded(data: bytes, line: int) -> str | SourceRow:
-    """Return bytes that begin at `line` as text, or a row with the problem that they are not UTF-8, at its line."""
+    """Return bytes that begin at `line` as text, or a row with the problem that they are none, at its line.
+
+    Zero bytes are no text, although UTF-8 has them: they stand for what was not on the disk when a machine stopped.
+    """
+    if b"\0" in data:
+        return SourceRow(line + data.count(b"\n", 0, data.index(b"\0")), None, *ZEROS)
     try:
         return data.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:

@@ -25,7 +25,7 @@ def table_rows(stream: BinaryIO, form: str, limits: Limits) -> Iterator[SourceRo
     """Yield the rows of a table as objects of strings, each with the number of its first line; blank lines are skipped.
 
     The separator of a `.csv` file is whichever of comma, semicolon, tab and bar is most frequent in its first line. A
-    column without a name, such as an index that pandas wrote, is left out.
+    column without a name, such as an index that pandas wrote, is left out. A row that repeats the first line is bad.
 
     Raises:
         FileError: two columns have the same name, a field is not quoted correctly, or a row exceeds its limit.
@@ -39,6 +39,8 @@ def table_rows(stream: BinaryIO, form: str, limits: Limits) -> Iterator[SourceRo
             yield fields
         elif names is None:
             names = _header(fields, line, form)
+        elif fields[-1].strip() == names[-1] and _names(fields) == names:
+            yield SourceRow(line, None, "the row repeats the names of the columns", "remove it: tables were joined")
         elif len(fields) != len(names):
             counts = f"{len(fields)} {'field' if len(fields) == 1 else 'fields'}, the first line names {len(names)}"
             remedy = "put double quotes around a field that contains the separator or a line end"
@@ -50,11 +52,16 @@ def table_rows(stream: BinaryIO, form: str, limits: Limits) -> Iterator[SourceRo
 def _header(fields: list[str], line: int, form: str) -> list[str]:
     if fields[0].lower().startswith("sep=") and not any(fields[1:]):
         raise FileError("the first line gives the separator (sep=), not the columns", "remove it", line)
-    names = [field.strip() for field in fields]
+    names = _names(fields)
     if form == "tsv" and len(names) == 1 and _separator(names[0]) in names[0]:
         raise FileError("the first line of a .tsv has no tab", "if it uses another separator, name it .csv", line)
     refuse_twice(filter(None, names), line)
     return names
+
+
+def _names(fields: list[str]) -> list[str]:
+    """Return the fields of a first line as names; that of a table which was joined to another may have a mark."""
+    return [field.strip() for field in (fields[0].removeprefix("\ufeff"), *fields[1:])]
 
 
 def _records(stream: BinaryIO, delimiter: str, limits: Limits) -> Iterator[tuple[int, list[str] | SourceRow]]:

@@ -31,6 +31,10 @@ FILE_MARK = b"ARROW1\0\0"
 CONTINUES = b"\xff\xff\xff\xff"
 END = CONTINUES + bytes(4)
 """What a stream ends with."""
+FOOTER = struct.Struct("<I6s")
+"""The end of the file format: the size of the footer before it, and the mark with which the file began."""
+PADDING = 64
+"""The most bytes by which the footer may be aligned."""
 PART = 1 << 20
 SCHEMA, DICTIONARY, BATCH = 1, 2, 3
 """Kinds of messages, by their number."""
@@ -71,17 +75,40 @@ def messages_of(stream: BinaryIO) -> Iterator[Message]:
     """Yield the messages of an Arrow file.
 
     Raises:
-        FileError: it is not an Arrow file, or it is truncated.
+        FileError: it is not an Arrow file, it is truncated, or something else follows.
     """
     start = stream.read(len(FILE_MARK))
-    if start == FILE_MARK:
+    is_stream = start != FILE_MARK
+    if not is_stream:
         start = stream.read(len(FILE_MARK))
-    while len(start) == len(FILE_MARK) and start[4:] != bytes(4):
+    while start != END and (start or not is_stream):  # a stream may also end without a mark
+        if len(start) < len(END):
+            raise _cut_off()
         if not start.startswith(CONTINUES):
             raise FileError("not a readable arrow file", "write or download it again")
         (size,) = struct.unpack("<i", start[4:])
         yield Message.read(start, b"".join(_read(stream, size)), stream)
         start = stream.read(len(FILE_MARK))
+    _require_end(stream, is_stream=is_stream)
+
+
+def _require_end(stream: BinaryIO, *, is_stream: bool) -> None:
+    """Refuse a file in which more follows the last message than the footer that only the file format has."""
+    size, tail = 0, b""
+    while part := stream.read(PART):
+        size += len(part)
+        tail = (tail + part)[-FOOTER.size :]
+    stated = 0
+    if not is_stream:
+        if len(tail) < FOOTER.size or not FILE_MARK.startswith(tail[4:]):
+            raise _cut_off()
+        stated = FOOTER.unpack(tail)[0] + FOOTER.size
+    if size > stated + (0 if is_stream else PADDING):
+        raise FileError("more follows after the last row, as where files were joined", "add the files one by one")
+
+
+def _cut_off() -> FileError:
+    return FileError("the arrow file is cut off", "copy or download it again")
 
 
 def _read(stream: BinaryIO, size: int) -> Iterator[bytes]:
@@ -89,7 +116,7 @@ def _read(stream: BinaryIO, size: int) -> Iterator[bytes]:
     while size > 0:
         part = stream.read(min(size, PART))
         if not part:
-            raise FileError("the arrow file is cut off", "copy or download it again")
+            raise _cut_off()
         size -= len(part)
         yield part
 
