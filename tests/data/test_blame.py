@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import byte_state, write_jsonl
+from tiny import byte_state, chat_rows, write_jsonl
 
 from onward.data.files.faults import refusal_of
 from onward.data.report import Problem
-from onward.data.row_tokenizer import RowTokenizer
+from onward.data.row_tokenizer import OverLength, RowTokenizer
 from onward.data.tokenize import tokenize_file
 from onward.digest import sha256_file
 from onward.errors import ModelError
 
 PANIC = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})  # what Rust's panics look like
+NO_POOL = PANIC("The global thread pool has not been initialized.: ThreadPoolBuildError { kind: IOError }")
 ERRORS = {"index": IndexError("list index out of range"), "overflow": OverflowError(), "panic": PANIC("rust")}
 
 
@@ -53,9 +54,47 @@ def test_the_row_at_which_a_library_gives_up_is_named(tmp_path: Path) -> None:
     assert expected == report.problems
 
 
+class WithoutThreads:
+    """A tokenizer whose library found no threads, as where memory or processes are limited."""
+
+    def __init__(self, whole: Any) -> None:
+        self.whole = whole
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.whole, name)
+
+    def encode_batch(self, *_: Any, **__: Any) -> Any:
+        """Fail as it does whenever it would use them."""
+        raise NO_POOL
+
+    encode_batch_fast = encode_batch
+
+
+@pytest.mark.parametrize("over_length", ["truncate", "auto"])
+def test_rows_become_the_same_tokens_where_the_library_has_no_threads(over_length: OverLength, tmp_path: Path) -> None:
+    """They are encoded one by one; nothing is refused."""
+    rows = [{"text": "abc " * count} for count in range(1, 40)] + chat_rows(5)
+    path, made = write_jsonl(tmp_path / "a.jsonl", rows), list[bytes]()
+    for name in ("plain", "alone"):
+        tokenizer = RowTokenizer(byte_state(), 100, over_length)
+        if name == "alone":
+            tokenizer._backend = WithoutThreads(tokenizer._backend)
+        assert tokenize_file(path, tmp_path / name, sha256_file(path), tokenizer).ok
+        made.append(b"".join(file.read_bytes() for file in sorted((tmp_path / name).iterdir())))
+    assert made[0] == made[1]
+
+
 MACHINE = [OSError(getattr(errno, name), name) for name in ("EIO", "EMFILE", "ENFILE", "ESTALE", "ENOSPC", "EDQUOT")]
 NO_THREAD = RuntimeError("can't start new thread")
-NOT_OF_THE_FILE = [*MACHINE, MemoryError(), NO_THREAD, ModelError("no template"), KeyboardInterrupt(), SystemExit()]
+NOT_OF_THE_FILE = [
+    *MACHINE,
+    MemoryError(),
+    NO_THREAD,
+    NO_POOL,
+    ModelError("no template"),
+    KeyboardInterrupt(),
+    SystemExit(),
+]
 OF_THE_FILE = [OSError(getattr(errno, name), name) for name in ("ENOENT", "EACCES", "EISDIR", "ELOOP")]
 
 

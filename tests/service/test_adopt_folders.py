@@ -81,16 +81,22 @@ def test_a_whole_state_of_fsdp_is_renamed(tmp_path: Path) -> None:
     assert f"cp {tmp_path}/pytorch_model_fsdp.bin {tmp_path}/pytorch_model.bin" in str(caught.value.hint)
 
 
-@pytest.mark.parametrize("tool", ["DeepSpeed", "FSDP"])
-def test_weights_in_shards_are_refused_with_the_command_that_joins_them(tool: str, tmp_path: Path) -> None:
-    """DeepSpeed's own script, or accelerate's command; then the weights are adopted."""
+@pytest.mark.parametrize(("tool", "has_script"), [("DeepSpeed", True), ("DeepSpeed", False), ("FSDP", False)])
+def test_weights_in_shards_are_refused_with_the_command_that_joins_them(
+    tool: str, has_script: bool, tmp_path: Path
+) -> None:
+    """DeepSpeed's own script, from its package if it was not copied along, or accelerate's command; then the weights
+    are adopted."""
     folder = tmp_path / "a checkpoint"
     shards = "global_step5" if tool == "DeepSpeed" else "pytorch_model_fsdp_0"
     (folder / shards).mkdir(parents=True)
+    if has_script:
+        (folder / "zero_to_fp32.py").touch()
     with pytest.raises(UsageError, match=f"{tool} wrote the weights of this checkpoint in shards") as caught:
         open_folder(folder, fresh=True)
+    script = f"'{folder}/zero_to_fp32.py'" if has_script else "-m deepspeed.utils.zero_to_fp32"
     expected = {
-        "DeepSpeed": f"python '{folder}/zero_to_fp32.py' --safe_serialization '{folder}' '{folder}'",
+        "DeepSpeed": f"python {script} --safe_serialization '{folder}' '{folder}'",
         "FSDP": f"accelerate merge-weights '{folder}/pytorch_model_fsdp_0' '{folder}'",
     }
     assert f"{expected[tool]}; then: onward adopt '{folder}' --run NEW_RUN --fresh-moments" in str(caught.value.hint)
@@ -121,9 +127,48 @@ def test_shards_of_fsdp_are_adopted_after_the_commands_that_are_named(model: Pat
     stock.assert_equal(weights, stock.trained(stock.open_state(tmp_path / "run").model))
 
 
+def test_an_adapter_in_shards_of_fsdp_is_adopted_after_the_commands_that_are_named(
+    saved: Saved, model: Path, tmp_path: Path
+) -> None:
+    """accelerate writes what it joins as a whole model, and FSDP saves no config of an adapter."""
+    folder, weights = tmp_path / "checkpoint-5", load_file(saved.folder / "adapter_model.safetensors")
+    folder.mkdir()
+    sharded.save({"model": weights}, checkpoint_id=folder / "pytorch_model_fsdp_0", no_dist=True)
+    (folder / "trainer_state.json").write_text('{"global_step": 5}')
+    merge_fsdp_weights(str(folder / "pytorch_model_fsdp_0"), str(folder))
+    with pytest.raises(UsageError, match=r"model\.safetensors has the weights of an adapter") as caught:
+        Run.adopt(folder, tmp_path / "run", str(model), fresh_moments=True)
+    assert f"LoraConfig(...).save_pretrained('{folder}')" in str(caught.value.hint)
+    shutil.copy(saved.folder / "adapter_config.json", folder)
+    with pytest.raises(UsageError) as caught:
+        Run.adopt(folder, tmp_path / "run", str(model), fresh_moments=True)
+    command = re.search(r"Rename them: (.*); then adopt again\.$", str(caught.value.hint))
+    assert command is not None
+    subprocess.run(shlex.split(command[1]), check=True)
+    Run.adopt(folder, tmp_path / "run", str(model), fresh_moments=True)
+    stock.assert_equal(weights, load_file(tmp_path / "run" / "current_model" / "adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize("has_config", [False, True])
+@pytest.mark.parametrize("file", ["pytorch_model_fsdp.bin", "pytorch_model_fsdp_0/.metadata", "global_step5/x.pt"])
+def test_a_base_in_shards_is_refused_with_the_command_that_says_more(
+    file: str, has_config: bool, model: Path, tmp_path: Path
+) -> None:
+    """`init` knows no shards; `adopt` names the tool and the command that joins them."""
+    folder = tmp_path / "checkpoint-5"
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors", *(["c*.json"] * (not has_config))))
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).touch()
+    outcome = onward("init", tmp_path / "run", "--model", folder)
+    assert (2, True) == (outcome.status, f"onward adopt {folder} --run NEW_RUN" in outcome.err)
+    outcome = onward("adopt", folder, "--run", tmp_path / "run")
+    assert (2, True) == (outcome.status, any(tool in outcome.err for tool in ("FSDP", "DeepSpeed")))
+
+
 @pytest.mark.parametrize(
     ("files", "what", "way_out"),
     [
+        (["x_model_states.pt"], "these are DeepSpeed's shards", "Name the folder above it: onward adopt "),
         (["epoch_0/adapter_config.json"], "adapters are in folders: epoch_0", "/epoch_0 --run NEW_RUN --fresh-moments"),
         ([".metadata", "__0_0.distcp"], r"torch\.distributed\.checkpoint wrote the weights", "dcp_to_torch"),
         (["ft-model-00001-of-00001.safetensors"], "does not read weights of this name: ft-model", "Rename them"),

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onward.config import Config
+from onward.data.files.faults import lacks_thread_pool
 from onward.data.files.reading import Reading
 from onward.data.row_types import Chat, Record, RowError, Text
 from onward.data.rows.template import ChatTemplate, RowText
@@ -70,6 +71,7 @@ class RowTokenizer:
         self.max_length = max_length
         self.over_length: OverLength = over_length
         self._backend: Any = state.tokenizer
+        self._has_threads = True
         self._end_id = end_token(state)
         self._lengths = byte_lengths(self._backend)
         self._template = ChatTemplate(state)
@@ -131,8 +133,25 @@ class RowTokenizer:
         return self.pack(rows, self.tokenize(rows), weights)
 
     def tokenize(self, rows: Sequence[RowText]) -> list[Any]:
-        """Return the encodings of rows, for `pack`. Nearly all of the work runs without Python's lock."""
-        encode = self._backend.encode_batch if self._lengths is None else self._backend.encode_batch_fast
+        """Return the encodings of rows, for `pack`. Nearly all of the work runs without Python's lock.
+
+        Where the library has no threads, the rows are encoded one by one, to the same tokens.
+        """
+        if self._has_threads:
+            encode = self._backend.encode_batch if self._lengths is None else self._backend.encode_batch_fast
+            try:
+                return self._encoded(rows, encode)
+            except BaseException as error:
+                if not lacks_thread_pool(error):
+                    raise
+                self._has_threads = False
+        return self._encoded(rows, self._one_by_one)
+
+    def _one_by_one(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[Any]:
+        return [self._backend.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+
+    @staticmethod
+    def _encoded(rows: Sequence[RowText], encode: Callable[..., Sequence[Any]]) -> list[Any]:
         encodings: list[Any] = [None] * len(rows)
         for closed in (True, False):
             places = [place for place, row in enumerate(rows) if row.closed is closed]

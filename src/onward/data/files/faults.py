@@ -50,7 +50,13 @@ def is_of_machine(error: BaseException) -> bool:
     """Return whether an error comes from the machine (disk, memory, descriptors) and not from the file being read."""
     if isinstance(error, OSError):
         return error.errno is not None and error.errno not in FILE_ERRNOS
-    return isinstance(error, MemoryError) or (type(error) is RuntimeError and str(error) == NO_THREAD)
+    has_no_thread = type(error) is RuntimeError and str(error) == NO_THREAD
+    return has_no_thread or isinstance(error, MemoryError) or lacks_thread_pool(error)
+
+
+def lacks_thread_pool(error: BaseException) -> bool:
+    """Return whether a Rust library found no threads, for lack of memory or processes; it tries once in a process."""
+    return _is_panic(error) and "thread pool" in str(error)
 
 
 def refusal_of(error: BaseException) -> FileError | RowError:

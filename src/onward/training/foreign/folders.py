@@ -16,13 +16,15 @@ from onward.layout import MANIFEST, RunLayout
 from onward.text import printable, quoted
 from onward.training.checkpoints.huggingface import OPTIMIZER, TRAINER_STATE
 from onward.training.model.adapter import ADAPTER_WEIGHTS
-from onward.training.model.base import ADAPTER_CONFIG
+from onward.training.model.base import ADAPTER_CONFIG, FSDP_WEIGHTS
 
 FULL_OPTIMIZER = "optimizer.bin"
 """The whole optimizer state by parameter name, as FSDP's full state dict is saved."""
 FRESH = "--fresh-moments"
 MERGE = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
 """The command that makes one file of shards."""
+MODEL_WEIGHTS = "model.safetensors"
+"""The file of a whole model, which tools that join shards write for an adapter too."""
 _WHOLE = ("model*.safetensors", "pytorch_model.bin*", "pytorch_model-*.bin", ADAPTER_WEIGHTS, "adapter_model.bin")
 
 
@@ -114,6 +116,8 @@ def _require_weights(path: Path) -> None:
     whole = [file for pattern in _WHOLE for file in sorted(path.glob(pattern))]
     if any(map(_is_emptied, whole)):
         raise _emptied(path)
+    if _is_of_lora(path / MODEL_WEIGHTS):
+        raise _adapter_as_model(path)
     if not whole:
         raise _in_folders(path) or _merged_first(path) or _named_otherwise(path)
     if not ((path / ADAPTER_CONFIG).is_file() or (path / "config.json").is_file()):
@@ -138,9 +142,8 @@ def _in_folders(path: Path) -> UsageError | None:
 def _merged_first(path: Path) -> UsageError | None:
     """Return the refusal of weights that a command of the tool that wrote them makes whole; None for any others."""
     if _is_deepspeed(path):
-        command = f"python {quoted(path / 'zero_to_fp32.py')} --safe_serialization {quoted(path)} {quoted(path)}"
-        return _in_shards("DeepSpeed", path, command)
-    whole = path / "pytorch_model_fsdp.bin"
+        return _in_shards("DeepSpeed", path, _joining(path, path))
+    whole = path / FSDP_WEIGHTS
     if whole.is_file():
         hint = f"cp {quoted(whole)} {quoted(path / 'pytorch_model.bin')}; then adopt again."
         return UsageError("FSDP saved the weights under a different name", where=whole, hint=hint)
@@ -153,8 +156,18 @@ def _merged_first(path: Path) -> UsageError | None:
     return None
 
 
+def _joining(path: Path, target: Path) -> str:
+    """Return the command that joins DeepSpeed's shards: the script that lies beside them, or that of its package."""
+    beside = path / "zero_to_fp32.py"
+    script = quoted(beside) if beside.is_file() else "-m deepspeed.utils.zero_to_fp32"
+    return f"python {script} --safe_serialization {quoted(path)} {quoted(target)}"
+
+
 def _named_otherwise(path: Path) -> UsageError:
     """Return the refusal of weights whose names transformers does not read, or of a folder without any."""
+    if next(path.glob("*_model_states.pt"), None):
+        hint = f"Name the folder above it: onward adopt {quoted(path.absolute().parent)} --run NEW_RUN"
+        return UsageError("these are DeepSpeed's shards, not the checkpoint", where=path, hint=hint)
     others = [printable(file.name) for file in sorted(path.glob("*.safetensors"))]
     names = "model.safetensors, or model-00001-of-0000N.safetensors with model.safetensors.index.json"
     if others:
@@ -166,12 +179,31 @@ def _named_otherwise(path: Path) -> UsageError:
 
 def _is_emptied(file: Path) -> bool:
     """Whether a file's tensors are without numbers; one that is damaged is reported later."""
-    if file.suffix != ".safetensors":
-        return False
-    with contextlib.suppress(OSError, SafetensorError), safe_open(file, framework="pt") as opened:
-        names: list[str] = list(opened.keys())
-        return bool(names) and all(0 in opened.get_slice(name).get_shape() for name in names)
-    return False
+    shapes = _shapes(file)
+    return bool(shapes) and all(0 in shape for shape in shapes.values())
+
+
+def _is_of_lora(file: Path) -> bool:
+    """Whether a file has the weights of a LoRA adapter and none of its base."""
+    names = _shapes(file)
+    return any(".lora_" in name for name in names) and not any(".base_layer." in name for name in names)
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
+    """Return the shapes of a file's tensors by name; none if it is damaged, or of another kind."""
+    if file.suffix == ".safetensors":
+        with contextlib.suppress(OSError, SafetensorError), safe_open(file, framework="pt") as opened:
+            names: list[str] = list(opened.keys())
+            return {name: opened.get_slice(name).get_shape() for name in names}
+    return {}
+
+
+def _adapter_as_model(path: Path) -> UsageError:
+    """Return the refusal of an adapter in the file of a model, as accelerate joins FSDP's shards."""
+    hint = f"Rename them: mv {quoted(path / MODEL_WEIGHTS)} {quoted(path / ADAPTER_WEIGHTS)}; then adopt again."
+    if not (path / ADAPTER_CONFIG).is_file():
+        hint += f" {ADAPTER_CONFIG} goes beside them: LoraConfig(...).save_pretrained({str(path)!r}) of PEFT writes it."
+    return UsageError(f"{MODEL_WEIGHTS} has the weights of an adapter", where=path, hint=hint)
 
 
 def _emptied(path: Path) -> UsageError:

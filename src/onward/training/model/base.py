@@ -35,6 +35,9 @@ OWN_BASE = "base"
 """Folder of a base model that a run keeps in its own directory."""
 OWN_ADAPTER = "adapter"
 """Folder of the adapter that a run starts from, in the run's own directory."""
+FSDP_WEIGHTS = "pytorch_model_fsdp.bin"
+SHARDS = ("pytorch_model_fsdp_*", "global_step*", "*.distcp", "*_model_states.pt")
+"""Names under which FSDP and DeepSpeed save weights, which no library of Hugging Face loads."""
 COMPLETE = "A model folder has config.json, *.safetensors and a tokenizer, as save_pretrained writes them."
 
 
@@ -67,7 +70,8 @@ def resolve_base(
     if (path / ADAPTER_CONFIG).is_file():
         raise _is_adapter(path)
     if path.is_dir():
-        raise ModelError("this folder is not a Hugging Face model: config.json is missing", where=path, hint=COMPLETE)
+        what = "this folder is not a Hugging Face model: config.json is missing"
+        raise ModelError(what, where=path, hint=_to_complete(path))
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelError(
             f"there is no model {name!r}",
@@ -228,10 +232,19 @@ def require_complete(folder: Path) -> None:
         readable = False
     if not readable:
         raise ModelError("the model's config.json cannot be read", where=folder, hint=COMPLETE)
-    if not any(list(folder.glob(pattern)) for pattern in WEIGHTS[:2]):
-        raise ModelError("this folder has no weights", where=folder, hint=COMPLETE)
+    if not {file.name for pattern in WEIGHTS[:2] for file in folder.glob(pattern)} - {FSDP_WEIGHTS}:
+        raise ModelError("this folder has no weights", where=folder, hint=_to_complete(folder))
     if not any((folder / name).is_file() for name in TOKENIZER):
         raise ModelError("this folder has no tokenizer", where=folder, hint=COMPLETE)
+
+
+def _to_complete(folder: Path) -> str:
+    """Return what to do about a folder that lacks files; of weights in shards, `adopt` says how to join them."""
+    if any(next(folder.glob(pattern), None) for pattern in (FSDP_WEIGHTS, *SHARDS)):
+        return (
+            f"It has what FSDP or DeepSpeed saved. How to go on from that: onward adopt {quoted(folder)} --run NEW_RUN"
+        )
+    return COMPLETE
 
 
 def require_plain(folder: Path, *, method: str) -> None:
