@@ -22,6 +22,7 @@ from onward.errors import DeviceLost
 from onward.events import StepTaken
 from onward.service.owner.training.recordings import FACT
 from onward.store.ledger import Ledger
+from onward.training.layers.varlen import Varlen
 from onward.training.seeds import others_train
 from onward.training.trainer import Trainer
 
@@ -137,6 +138,25 @@ def test_a_recording_that_lacks_memory_is_tried_by_the_next_process(
     with recording(monkeypatch, works):
         Run(run.layout.root).train(files[2])
     assert 0 < works.replays
+
+
+def test_steps_that_cannot_be_recorded_leave_probes_to_be(
+    model: Path, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If that is found before anything is recorded, nothing went wrong: an event says it, and probes are replayed."""
+    let_attend_in_one_call(monkeypatch)
+    run, steps = new_run(tmp_path / "run", model, batch_size=2), Recorder()
+    with monkeypatch.context() as patched, recording(patched, steps) as probes:
+        patched.setattr(Varlen, "fits", lambda *_: False)
+        run.train(*files[:3])
+        Run(run.layout.root).train(files[3])
+    assert 0 == steps.recorded
+    assert 1 == probes.replays
+    with Ledger(run.layout.ledger) as ledger:
+        assert ledger.get(FACT) is None
+        found = {event.message for event in ledger.events(100) if "replayed" in event.message}
+    why = "RuntimeError: attention is computed row by row, for which the host has to know the rows"
+    assert {f"steps are not replayed here: {why}"} == found
 
 
 def test_a_probe_that_cannot_be_recorded_is_not_tried_by_the_next_process(

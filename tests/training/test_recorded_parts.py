@@ -160,6 +160,21 @@ def test_what_cannot_be_recorded_is_computed_as_usual(error: type[Exception]) ->
     assert [1] == calls
 
 
+def test_attention_row_by_row_is_found_before_anything_is_recorded() -> None:
+    """Where rows begin is known on the host then, so that a recording would be of these rows only."""
+    found: list[Any] = []
+    for recorder in (OpRecorder(), None):
+        trainer = make_trainer(recorder, lora={"rank": 4, "dropout": 0.0})
+        for part in trainer.state.model.modules():
+            if hasattr(part, "attention_dropout"):
+                part.attention_dropout = 0.1  # type: ignore[assignment]
+        found.append(train(trainer, 1))
+        recorded = trainer.economy.learned.recorded
+        assert recorder is None or (0, False) == (recorder.recorded, recorded.was_tried)  # type: ignore[union-attr]
+        assert recorder is None or "row by row" in recorded.hindrance  # type: ignore[union-attr]
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("failing", [1, 2, 5])
 def test_a_replay_that_fails_is_computed_as_usual(failing: int) -> None:
     """Before replays are trusted and after: the step is taken nevertheless, and nothing is replayed any more."""

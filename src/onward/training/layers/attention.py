@@ -92,6 +92,7 @@ def row_attention(
 
     Raises:
         ModelError: the model did not pass the lengths of the rows to its attention.
+        RuntimeError: only the device knows them, as in a recording, and the kernel does not fit.
     """
     if row_lengths is None:
         _require_no_rows(module, attention_mask)
@@ -101,6 +102,8 @@ def row_attention(
     _require_plain(module, kwargs)
     if row_kernel is not None and not dropout and row_kernel.kernel.fits(query, key, value, sliding_window):
         return row_kernel.attend((query, key, value), sliding_window, scaling), None
+    if not row_lengths:
+        raise RuntimeError("attention is computed row by row, for which the host has to know the rows")
     # split, not slices: the backward pass of a slice fills and adds a tensor of the full size for every row
     rows = zip(query.split(row_lengths, 2), key.split(row_lengths, 2), value.split(row_lengths, 2), strict=True)
     return torch.cat([_attend(*row, sliding_window, dropout, scaling) for row in rows], dim=1), None

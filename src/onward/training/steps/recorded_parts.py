@@ -77,6 +77,8 @@ class RecordedParts:
         self._gradients: list[torch.Tensor] = []
         self._watched_types: set[type] = set()
         self._is_proven = False
+        self.was_tried = False
+        """Whether something was to be recorded; if not, it was found before that nothing can be."""
         self.replays = 0
         """How many parts were replayed, not counting those that were computed as usual too."""
         self.hindrance = ""
@@ -143,11 +145,11 @@ class RecordedParts:
 
     def _watched(self, part: Given, compute: Compute, context: Context) -> torch.Tensor:
         self._watched_types.add(type(part))
-        watch = Watch(self._weights[0].device, draws=True)
-        before = taken(self._weights)
+        watch, before = Watch(self._weights[0].device, draws=True), taken(self._weights)
+        same = part.copied()  # what is recorded is computed from a copy, too
         try:
             with context(), watch:
-                loss = compute(part)
+                loss = compute(same)
         except Exception as error:  # something cannot be watched; if it was something else, that is raised again
             self._forget(error)
             taken(self._weights)
@@ -182,6 +184,7 @@ class RecordedParts:
         return loss
 
     def _record(self, known: _Known, part: Given, compute: Compute, context: Context) -> None:
+        self.was_tried = True
         if self._flat is None:
             self._flat, self._gradients = _laid_out(self._weights)
         inputs = known.inputs = part.copied()

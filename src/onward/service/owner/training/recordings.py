@@ -25,8 +25,9 @@ class Recordings:
 
     A recording that goes wrong may leave a process that cannot use its GPU any more. So the ledger has it before the
     next step, and the process that continues the run does not try again, unless it is another release of Onward's. A
-    lack of memory may be over by then and does not count. A process that dies of a recording cannot say
-    so; after two deaths in one place, the next process records nothing there.
+    lack of memory may be over by then and does not count, nor does what was found before anything was recorded. A
+    process that dies of a recording cannot say so; after two deaths in one place, the next process records nothing
+    there.
 
     Args:
         environment: the environment's record.
@@ -47,12 +48,16 @@ class Recordings:
         self._ledger.add_event("info", f"nothing is replayed here: {deaths.count} processes died in this place")
         return False
 
-    def give_up(self, what: str, why: str, step: int | None) -> None:
-        """Keep that something cannot be replayed on this machine, and why; of a lack of memory, only an event."""
+    def give_up(self, what: str, why: str, step: int | None, *, was_tried: bool = True) -> None:
+        """Say that something cannot be replayed, and why; keep it if that may be so on this machine the next time.
+
+        Args:
+            was_tried: whether a recording of it was begun.
+        """
         with self._ledger.transaction():
-            if not tells_of_no_memory(why):
+            if was_tried and not tells_of_no_memory(why):
                 self._ledger.put(**{FACT: self._machine})
-            self._ledger.add_event("info", f"{what} no longer replayed here: {why}", step)
+            self._ledger.add_event("info", f"{what} {'no longer' if was_tried else 'not'} replayed here: {why}", step)
 
     def watched(self, steps: Iterator[StepTaken], learned: Learned) -> Iterator[StepTaken]:
         """Yield steps; if recording has gone wrong in one, keep it first, also if that made the step fail."""
@@ -70,4 +75,4 @@ class Recordings:
         recorded = learned.recorded
         if recorded is not None and recorded.hindrance and learned.can_record:
             learned.can_record = False
-            self.give_up("steps are", recorded.hindrance, step)
+            self.give_up("steps are", recorded.hindrance, step, was_tried=recorded.was_tried)
