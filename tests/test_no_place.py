@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -13,6 +15,7 @@ import pytest
 from commands import assert_refused, onward
 
 import onward as onward_package
+from onward import status
 from onward.cli import entry
 
 
@@ -43,3 +46,25 @@ def test_no_place_for_temporary_files_names_the_variable(untouched: Path, monkey
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", list)
     assert_refused(onward("verify", "--deep", "--run", untouched), 1, "No usable temporary directory", "Set TMPDIR")
+
+
+@pytest.mark.parametrize(
+    ("error", "hint"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "x"), "Free some space, then repeat the command"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "x"), "Free some space, then repeat the command"),
+        (sqlite3.OperationalError("database or disk is full"), "Free some space, then repeat the command"),
+        (OSError(errno.EMFILE, "Too many open files", "x"), "ulimit -n"),
+        (OSError(errno.EIO, "Input/output error", "x"), "onward doctor says more"),
+        (sqlite3.OperationalError("disk I/O error"), "onward doctor says more"),
+    ],
+    ids=str,
+)
+def test_what_the_machine_lacks_is_said(error: Exception, hint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever command meets it; `doctor` cannot tell more of a full disk."""
+
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(status, "read_history", fail)
+    assert_refused(onward("history"), 1, str(error.args[-1]), hint)

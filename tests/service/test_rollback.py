@@ -16,6 +16,7 @@ from onward import Run
 from onward.errors import FileRejected, UsageError
 from onward.service.state.rollback import move_ledger_back, undone
 from onward.service.state.settle import TO_NOTHING
+from onward.service.wishes import Wishes
 from onward.store.ledger import PROOF, Ledger
 
 SETTINGS: dict[str, Any] = {
@@ -175,3 +176,21 @@ def test_kill_while_going_back(step: int, position: int, run: Run) -> None:
     assert max(step, 0) == run.status()["global_step"]
     assert 3 - position == sum(entry["state"] == "undone" for entry in run.history())
     assert run.verify().ok
+
+
+def test_a_rebuild_that_was_stopped_may_be_given_again(
+    run: Run, model: Path, files: list[Path], tmp_path: Path
+) -> None:
+    """As it was: it trains the files that still wait. Once they are done, there is nothing to leave out."""
+    stop = Wishes()
+    stop.ask("test")
+    run.rebuild("9.jsonl", stop=stop)
+    assert 0 == run.status()["global_step"]
+    result = run.rebuild("9.jsonl")
+    assert ("9.jsonl", ["14.jsonl", "6.jsonl"]) == (result["without"], result["queued"])
+    twin = new_run(tmp_path / "twin", model, **SETTINGS)
+    twin.train(*files[1:])
+    assert_same_state(twin.layout.root, run.layout.root)
+    assert run.verify().ok
+    with pytest.raises(UsageError, match=r"9\.jsonl' is skipped"):
+        run.rebuild("9.jsonl")

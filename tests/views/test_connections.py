@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import os
 import signal
 import socket
 import threading
 import traceback
+from asyncio import constants
 from collections.abc import Iterator, MutableMapping
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +25,21 @@ from onward.views.web.connections import MOST_QUIET, ReadToEnd, Server
 from onward.views.web.listening import listen
 
 Message = MutableMapping[str, Any]
+
+
+class Spent(socket.socket):
+    """A listening socket of a process that can open no more files until a connection was asked for three times."""
+
+    asked = 0
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """Take a connection, or fail."""
+        type(self).asked += 1
+        if self.asked <= 3:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return super().accept()
+
+
 START: Message = {"type": "http.response.start", "status": 400, "headers": []}
 BODIES = {"content-length": "6"}, {"transfer-encoding": "chunked"}, {"content-length": "6", "expect": "something"}
 NONE = {}, {"content-length": "0"}, {"content-length": "6", "expect": "100-Continue"}
@@ -205,3 +223,29 @@ def test_a_server_that_starts_again_has_its_port_at_once() -> None:
         port = listening.getsockname()[1]
     with listen("127.0.0.1", port) as again:
         assert port == again.getsockname()[1]
+
+
+def test_where_no_more_files_can_be_opened_connections_wait(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is said once, in a line, the server tries again once for each wait, and answers when it can."""
+    monkeypatch.setattr(constants, "ACCEPT_RETRY_DELAY", 0.01)
+
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        await send({**START, "status": 204})
+        await send(END)
+
+    server = Server(uvicorn.Config(app, log_config=None, lifespan="off", http="h11", ws="none"))
+    with Spent() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+        thread.start()
+        with socket.create_connection(listening.getsockname(), timeout=60) as client:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert b"HTTP/1.1 204 No Content" == client.recv(1024).splitlines()[0]
+        server.should_exit = True
+        thread.join(60)
+    assert 4 == Spent.asked
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("connections have to wait: Too many open files.")

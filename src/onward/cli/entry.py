@@ -16,7 +16,15 @@ import typer
 
 from onward import startup
 from onward.cli.application import app
-from onward.errors import END_OTHERS, DeviceLost, OnwardError, UsageError, first_line, is_without_temporary
+from onward.errors import (
+    END_OTHERS,
+    DeviceLost,
+    OnwardError,
+    UsageError,
+    first_line,
+    is_out_of_space,
+    is_without_temporary,
+)
 from onward.store.waiting import is_held_by_others
 from onward.terminal import flush_results, give_up_unwritten, open_standard_streams, say
 from onward.text import without_module
@@ -25,6 +33,7 @@ CommandLineError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2
 """`ClickException`, from click itself or from the copy of click inside typer."""
 NO_HOME = "Could not determine home directory."
 """What pathlib says where neither HOME nor the system's users name one."""
+FREE_SPACE = "Free some space, then repeat the command."
 OWN = ("onward", "__main__")
 """Modules in which an error is Onward's own."""
 INTERRUPTED = 130
@@ -133,12 +142,9 @@ def _about_machine(error: OSError | MemoryError | RuntimeError) -> OnwardError |
         hint = f"{safe}. {END_OTHERS}, then repeat the command."
         return OnwardError(f"memory ran out: {what}", hint=hint)
     if isinstance(error, OSError):
-        place, hint = error.filename or "system", "onward doctor says more."
-        if is_without_temporary(error):
-            hint = "Set TMPDIR to a folder that you may write, then repeat the command."
-        elif _is_of_the_cache(error):
-            hint = "Set ONWARD_CACHE to a folder that has room and that you may write, then repeat the command."
-        return OnwardError(error.strerror or str(error), where=place, hint=f"{safe}. {hint}")
+        return OnwardError(
+            error.strerror or str(error), where=error.filename or "system", hint=f"{safe}. {_way_on(error)}"
+        )
     if what == NO_HOME:
         hint = "Set HOME to a folder that you may write, then repeat the command. For models, ONWARD_CACHE suffices."
         return UsageError("this user has no home directory", where="HOME", hint=hint)
@@ -148,6 +154,19 @@ def _about_machine(error: OSError | MemoryError | RuntimeError) -> OnwardError |
         if is_device_lost(error):
             return DeviceLost(f"the GPU was lost to this process: {what}", hint=f"{safe}. Repeat the command.")
     return None
+
+
+def _way_on(error: OSError) -> str:
+    """Return what to do about an error of the system."""
+    if is_without_temporary(error):
+        return "Set TMPDIR to a folder that you may write, then repeat the command."
+    if _is_of_the_cache(error):
+        return "Set ONWARD_CACHE to a folder that has room and that you may write, then repeat the command."
+    if is_out_of_space(error):
+        return FREE_SPACE
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "Raise the limit of open files (ulimit -n), then repeat the command."
+    return "onward doctor says more."
 
 
 def _is_of_the_cache(error: OSError) -> bool:
@@ -172,7 +191,8 @@ def _is_out_of_memory(error: OSError | MemoryError | RuntimeError) -> bool:
 def _about_ledger(error: sqlite3.DatabaseError) -> str:
     """Return what to print for an error of SQLite."""
     if not is_held_by_others(error):
-        return f"onward: the ledger cannot be used: {error}\n  onward doctor says more."
+        hint = f"What was committed is safe. {FREE_SPACE}" if is_out_of_space(error) else "onward doctor says more."
+        return f"onward: the ledger cannot be used: {error}\n  {hint}"
     return (
         "onward: another program holds the ledger locked [ledger.sqlite3]\n"
         "  What was committed is safe. lsof ledger.sqlite3 names the program; once it ended, repeat the command."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,8 @@ from onward.store.lookup import find_file, find_step
 from onward.store.rows import FileRow
 from onward.training.checkpoints.checkpoint import Manifest, inspect_checkpoint
 
+LEFT_OUT = "left out by rebuild"
+"""The note of a file that a rebuild took out."""
 FURTHER = "Restore its files from a copy, or go back further: onward rollback --to FILE"
 """What to do about a restore point that cannot be gone back to."""
 
@@ -94,7 +97,8 @@ def leave_out(layout: RunLayout, ledger: Ledger, name: str) -> dict[str, Any]:
     """Go back to before a file and queue the later ones again without it, in their order and under their configs.
 
     If the boundary before the file is no longer kept, an older one is used, or else the start; the files in between are
-    then queued again too. A file that only waits is taken out of the queue.
+    then queued again too. A file that only waits is taken out of the queue. Where this was done before, and files that
+    were queued again still wait, nothing is changed: training goes on with them.
 
     Returns:
         `global_step`, the name `without`, and the names `queued` again.
@@ -102,6 +106,10 @@ def leave_out(layout: RunLayout, ledger: Ledger, name: str) -> dict[str, Any]:
     Raises:
         UsageError: there is no such file.
     """
+    waiting = [row.name for row in ledger.in_stream(after=0) if row.again and row.state in ("queued", "training")]
+    before = _left_out_before(ledger, name) if waiting else None
+    if before is not None:
+        return {"global_step": ledger.committed_step(), "without": before.name, "queued": waiting}
     row = find_file(ledger, name, *HELD)
     if row.start_step is None:
         ledger.move_file(row.id, "skipped", position=None, note="left out")
@@ -112,13 +120,24 @@ def leave_out(layout: RunLayout, ledger: Ledger, name: str) -> dict[str, Any]:
     begun = ledger.in_stream(after=position)
     others = [other for other in begun if other.id != row.id]
     moves = undone(others, queued_after=position, with_config=True)
-    moves.append(Move(row, "skipped", {"note": "left out by rebuild", "position": None}))
+    moves.append(Move(row, "skipped", {"note": LEFT_OUT, "position": None}))
     go_back(layout, ledger, step, moves, f"rebuild without {row.name}; queued again: {_names(others)}")
     return {
         "global_step": max(step, 0),
         "without": row.name,
         "queued": [other.name for other in others],
     }
+
+
+def _left_out_before(ledger: Ledger, name: str) -> FileRow | None:
+    """Return the file that a name meant when an earlier rebuild left it out; None if it means one that is held."""
+    with contextlib.suppress(UsageError):
+        find_file(ledger, name, *HELD)
+        return None
+    with contextlib.suppress(UsageError):
+        row = find_file(ledger, name, "skipped")
+        return row if row.note == LEFT_OUT else None
+    return None
 
 
 def undone(rows: Sequence[FileRow], *, queued_after: int | None = None, with_config: bool = False) -> list[Move]:

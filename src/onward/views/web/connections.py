@@ -2,14 +2,18 @@
 
 uvicorn by itself waits for the head of a request as long as the sender likes (the attack is known as Slowloris), and
 closes a connection on which the rest of a refused request is still coming, so that its sender never sees the refusal.
+Where no more files can be opened, asyncio tries to take connections thousands of times a second, each with a traceback.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
+import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
@@ -23,6 +27,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from onward.errors import UsageError
 from onward.startup import ENDINGS
+from onward.terminal import say
+from onward.views.web.listening import BACKLOG
 
 HEAD_SECONDS = 10.0
 """Seconds in which a request's head has to come after its connection was made or the previous answer was complete."""
@@ -34,6 +40,9 @@ LINGERING_SECONDS = 30.0
 """Seconds for which the rest of an answered request is read."""
 LINGERING_STALLED_SECONDS = 5.0
 """Seconds without a byte of it after which the rest is given up."""
+SAID_SECONDS = 60.0
+"""Seconds after which it is said again that no connection can be taken."""
+_SPENT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 @dataclass(frozen=True)
@@ -70,11 +79,30 @@ class Server(uvicorn.Server):
         head_seconds: float = HEAD_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        config.backlog = 1  # how many connections asyncio tries to take at once
         super().__init__(config)
         logging.getLogger("uvicorn.error").addFilter(_tells_of_trouble)
         self._head_seconds = head_seconds
         self._clock = clock
         self._quiet: dict[Any, _Quiet] = {}
+        self._said = -SAID_SECONDS
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to take connections."""
+        asyncio.get_running_loop().set_exception_handler(self._handle_trouble)
+        await super().startup(sockets)
+        for listening in sockets or ():
+            listening.listen(BACKLOG)  # how many wait to be taken
+
+    def _handle_trouble(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Say in a line that no connection can be taken for now; asyncio tries again every second."""
+        error = context.get("exception")
+        if not (isinstance(error, OSError) and error.errno in _SPENT):
+            loop.default_exception_handler(context)
+        elif self._clock() - self._said >= SAID_SECONDS:
+            self._said = self._clock()
+            what = os.strerror(error.errno)
+            say(f"connections have to wait: {what}. Fewer clients help, or a higher limit (ulimit -n)")
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None]:
