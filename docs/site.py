@@ -21,17 +21,23 @@ BESIDES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "SECUR
            "CHANGELOG.md": "changelog.md", "bench/RESULTS.md": "results.md", "bench/RESULTS-GPU.md": "results-gpu.md",
            "bench/KNOWLEDGE.md": "results-knowledge.md", "LICENSE": "license.md"}  # fmt: skip
 """Files outside docs/ that become pages, and their names there."""
-FIRST = (
-    "index.md",
-    "quickstart.md",
-    "python.md",
-    "install.md",
-    "operations.md",
-    "launch.md",
-    "trackers.md",
-    "figures.md",
-    "agents.md",
-)
+SECTIONS = {
+    "Begin": ("index", "quickstart", "install", "glossary"),
+    "Train": ("file-formats", "config", "operations", "launch", "adopting", "python", "cli", "agents"),
+    "Look": ("page", "figures", "trackers", "knowledge"),
+    "Use": ("chat", "releases", "export", "serve"),
+    "Models": ("families", "templates", "adapters"),
+    "Machines": ("memory", "gpu", "devices", "sharding", "scale"),
+    "Inside": ("architecture", "checkpoint-format", "experiments", "results", "results-gpu", "results-knowledge"),
+    "Project": ("changelog", "contributing", "security", "license"),
+}
+"""The site's navigation: every page stands in one section, in the order in which a reader wants them."""
+STYLE = """\
+/* Tables of keys: no break within a key, and room for all columns. */
+.md-typeset td code { overflow-wrap: break-word; word-break: normal; }
+.md-typeset table:not([class]) :is(th, td) { padding: 0.6em 0.7em; }
+.md-grid { max-width: 76rem; }
+"""
 LINK = re.compile(r"(?<=\]\()([^)#\s]+)")
 SETTINGS = """\
 site_name: Onward
@@ -40,11 +46,12 @@ site_dir: site
 theme:
   name: material
   font: false
-  features: [navigation.top, search.suggest, search.highlight, content.code.copy]
+  features: [navigation.sections, navigation.top, search.suggest, search.highlight, content.code.copy]
   palette:
-    - {media: "(prefers-color-scheme: light)", scheme: default}
-    - {media: "(prefers-color-scheme: dark)", scheme: slate}
+    - {media: "(prefers-color-scheme: light)", scheme: default, toggle: {icon: lucide/sun, name: Dark}}
+    - {media: "(prefers-color-scheme: dark)", scheme: slate, toggle: {icon: lucide/moon, name: Light}}
 plugins: [search]
+extra_css: [site.css]
 markdown_extensions: [tables, fenced_code, toc, pymdownx.superfences]
 """
 
@@ -64,10 +71,24 @@ def lay_out(target: Path) -> list[str]:
             copy = pages / source.relative_to(ROOT / "docs")
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, copy)
-    order = [name for name in FIRST if name in names]
-    order += sorted(set(names) - set(order))
-    (target / "mkdocs.yml").write_text(SETTINGS + "nav:\n" + "".join(f"  - {name}\n" for name in order))
-    return order
+    (pages / "site.css").write_text(STYLE)
+    (target / "mkdocs.yml").write_text(SETTINGS + navigation(names))
+    return [f"{page}.md" for section in SECTIONS.values() for page in section]
+
+
+def navigation(names: Sequence[str]) -> str:
+    """Return the settings of the navigation.
+
+    Raises:
+        ValueError: a page stands in no section, or a section has one that does not exist.
+    """
+    placed = [f"{page}.md" for section in SECTIONS.values() for page in section]
+    if sorted(placed) != sorted(names):
+        raise ValueError(f"in SECTIONS or among the pages, but not in both: {sorted(set(placed) ^ set(names))}")
+    lines = ["nav:"]
+    for title, pages in SECTIONS.items():
+        lines += [f"  - {title}:", *(f"      - {page}.md" for page in pages)]
+    return "\n".join(lines) + "\n"
 
 
 def adapted(text: str, source: Path) -> str:

@@ -236,8 +236,12 @@ def load_site() -> ModuleType:
 
 def test_the_site_has_every_page_and_no_dead_link(tmp_path: Path) -> None:
     """All pages of docs/ are in it, README.md first; each link of each leads to a file of the site."""
-    names = load_site().lay_out(tmp_path / "site")
+    site = load_site()
+    names = site.lay_out(tmp_path / "site")
     assert "index.md" == names[0]
+    assert [] == [name for name in names if f"      - {name}\n" not in site.navigation(names)]
+    with pytest.raises(ValueError, match=r"\['new.md'\]"):
+        site.navigation([*names, "new.md"])  # a new page is given its place
     assert {path.name for path in (ROOT / "docs").glob("*.md")} <= set(names)
     pages = tmp_path / "site" / "pages"
     for name in names:
