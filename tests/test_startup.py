@@ -269,9 +269,9 @@ class AtTyper:
     def find_spec(self, name, *_):
         if name == "typer":
             sys.meta_path.remove(self)
-            signal.signal(signal.{name}, signal.default_int_handler if {name!r} == "SIGINT" else signal.SIG_DFL)
             os.kill(os.getpid(), signal.{name})
 
+signal.signal(signal.{name}, signal.default_int_handler if {name!r} == "SIGINT" else signal.SIG_DFL)
 sys.meta_path.insert(0, AtTyper())
 from onward.cli import main
 """
