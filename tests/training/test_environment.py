@@ -7,7 +7,7 @@ import ctypes
 import os
 import platform
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
@@ -93,6 +93,54 @@ def test_deterministic_kernels_end_with_the_body(own: tuple[bool, bool]) -> None
         assert (*own, True) == flags()
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Let PyTorch compute with two threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_threads_of_a_cpu_add_in_one_order() -> None:
+    """The gradient of rows that are taken several times, as by the experts of a token, has the same bits every time."""
+    source = torch.Generator().manual_seed(0)
+    places, values = torch.randint(0, 50, (4096,), generator=source), torch.randn(4096, 64, generator=source)
+    table = torch.randn(50, 64, generator=source, requires_grad=True)
+    found: set[bytes] = set()
+    for _ in range(50):
+        with deterministic(CPU):
+            (gradient,) = torch.autograd.grad((table[places] * values).sum(), table)
+        found.add(gradient.numpy().tobytes())
+    assert 1 == len(found)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_the_setting_stays_while_another_thread_needs_it() -> None:
+    """Training and the measurement of a copy hold it at the same time; whoever leaves first does not end it."""
+    before, left = flags(), threading.Event()
+    entered: list[threading.Event] = [threading.Event(), threading.Event()]
+    seen: list[tuple[bool, bool, bool]] = []
+
+    def first() -> None:
+        with deterministic(CPU):
+            entered[0].set()
+            entered[1].wait(60)
+        left.set()
+
+    other = threading.Thread(target=first)
+    other.start()
+    entered[0].wait(60)
+    with deterministic(CPU):
+        entered[1].set()
+        left.wait(60)
+        seen.append(flags())
+    other.join(60)
+    assert [(True, False, False)] == seen
+    assert before == flags()
 
 
 def test_what_does_not_repeat_is_refused_by_name() -> None:

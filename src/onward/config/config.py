@@ -69,7 +69,7 @@ class Config(Section):
     )
     deterministic: bool = Field(
         default=True,
-        description="On a GPU: compute only with operations that give the same bits every time. `false` allows others; "
+        description="Compute only with operations that give the same bits every time. `false` allows others; "
         "handovers then say `not deterministic` instead of `bitwise`.",
     )
     chat_template: PathText | None = Field(

@@ -7,6 +7,7 @@ import ctypes
 import os
 import platform
 import re
+import threading
 from collections.abc import Generator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -104,11 +105,13 @@ def _openmp(question: str, default: int) -> int:
 
 @contextlib.contextmanager
 def deterministic(device: torch.device, *, exact: bool = True) -> Generator[None]:
-    """Let CUDA compute the body with kernels that give the same bits every time; those of a CPU always do.
+    """Let the body be computed with kernels that give the same bits every time; one thread of a CPU always does.
 
-    The setting is strict: if it is only to warn, PyTorch uses other kernels for the backward pass of attention, which
-    add in any order. Memory is not filled beforehand, which would cost time and change no bit of the result. The
-    setting belongs to the process, so threads take turns.
+    Several threads of a CPU add up values that have one index in any order (`index_put_`), as in the backward pass of
+    experts, unless this is set. The setting is strict: if it is only to warn, PyTorch uses other kernels for the
+    backward pass of attention, which add in any order. Memory is not filled beforehand, which would cost time and
+    change no bit of the result. The setting belongs to the process: it is put back when the last thread has left, and
+    threads that use a GPU take turns.
 
     Args:
         exact: False leaves everything as it is (`deterministic: false`).
@@ -116,11 +119,18 @@ def deterministic(device: torch.device, *, exact: bool = True) -> Generator[None
     Raises:
         ModelError: an operation in the body has no deterministic form, or cuBLAS was not set to be deterministic.
     """
-    if device.type != "cuda" or not exact:
+    is_alone = device.type == "cpu" and torch.get_num_threads() == 1
+    if device.type not in ("cuda", "cpu") or is_alone or not exact:
         yield
         return
-    with one_computes, _strictly():
-        yield
+    with one_computes if device.type == "cuda" else contextlib.nullcontext(), _STRICT.held():
+        try:
+            yield
+        except RuntimeError as error:
+            refusal = _refusal(str(error), device)
+            if refusal is None:
+                raise
+            raise refusal from error
 
 
 @contextlib.contextmanager
@@ -149,29 +159,51 @@ def without_tf32(device: torch.device, owners: Sequence[Any] | None = None) -> G
             setattr(owner, name, before)
 
 
-@contextlib.contextmanager
-def _strictly() -> Generator[None]:
+class _Strict:
+    """PyTorch's setting for kernels that repeat: made for the first thread that asks, put back after the last one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holders = 0
+        self._before = (False, False, True)
+
+    @contextlib.contextmanager
+    def held(self) -> Generator[None]:
+        """Hold the setting in the body."""
+        with self._lock:
+            if self._holders == 0:
+                self._before = _strictness()
+                _set_strictness(True, False, False)
+            self._holders += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._holders -= 1
+                if self._holders == 0:
+                    _set_strictness(*self._before)
+
+
+_STRICT = _Strict()
+
+
+def _strictness() -> tuple[bool, bool, bool]:
+    """Return whether deterministic algorithms are on, whether they only warn, and whether new memory is filled."""
     memory: Any = torch.utils.deterministic
-    before = (
+    return (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
         memory.fill_uninitialized_memory,
     )
-    torch.use_deterministic_algorithms(True, warn_only=False)
-    memory.fill_uninitialized_memory = False
-    try:
-        yield
-    except RuntimeError as error:
-        refusal = _refusal(str(error))
-        if refusal is None:
-            raise
-        raise refusal from error
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        memory.fill_uninitialized_memory = before[2]
 
 
-def _refusal(message: str) -> ModelError | None:
+def _set_strictness(is_on: bool, warns: bool, fills: bool) -> None:
+    memory: Any = torch.utils.deterministic
+    torch.use_deterministic_algorithms(is_on, warn_only=warns)
+    memory.fill_uninitialized_memory = fills
+
+
+def _refusal(message: str, device: torch.device) -> ModelError | None:
     """Return the refusal if PyTorch says that something is not deterministic."""
     if CUBLAS in message:
         return ModelError(
@@ -184,7 +216,8 @@ def _refusal(message: str) -> ModelError | None:
     if found is None:
         return None
     return ModelError(
-        f"the model uses {found.group(1)}, which has no deterministic form on this GPU",
+        f"the model uses {found.group(1)}, which has no deterministic form on this "
+        f"{'CPU' if device.type == 'cpu' else 'GPU'}",
         where="deterministic",
         hint="Equal bits cannot be promised with it. To train nevertheless: deterministic: false in onward.yaml, or "
         "onward init --set deterministic=false for a new run; every handover then says so.",
