@@ -7,7 +7,6 @@ import ctypes
 import os
 import platform
 import re
-import threading
 from collections.abc import Generator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -18,6 +17,7 @@ import transformers
 
 from onward.errors import ConfigError, ModelError
 from onward.training.device.hardware import gpu_facts, multiplies_bfloat16, processor_model
+from onward.training.device.shared import SharedSetting
 from onward.training.seeds import one_computes
 from onward.training.world import World
 
@@ -123,7 +123,7 @@ def deterministic(device: torch.device, *, exact: bool = True) -> Generator[None
     if device.type not in ("cuda", "cpu") or is_alone or not exact:
         yield
         return
-    with one_computes if device.type == "cuda" else contextlib.nullcontext(), _STRICT.held():
+    with one_computes if device.type == "cuda" else contextlib.nullcontext(), _strictly():
         try:
             yield
         except RuntimeError as error:
@@ -159,48 +159,16 @@ def without_tf32(device: torch.device, owners: Sequence[Any] | None = None) -> G
             setattr(owner, name, before)
 
 
-class _Strict:
-    """PyTorch's setting for kernels that repeat: made for the first thread that asks, put back after the last one."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._holders = 0
-        self._before = (False, False, True)
-
-    @contextlib.contextmanager
-    def held(self) -> Generator[None]:
-        """Hold the setting in the body."""
-        with self._lock:
-            if self._holders == 0:
-                self._before = _strictness()
-                _set_strictness(True, False, False)
-            self._holders += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._holders -= 1
-                if self._holders == 0:
-                    _set_strictness(*self._before)
-
-
-_STRICT = _Strict()
-
-
-def _strictness() -> tuple[bool, bool, bool]:
-    """Return whether deterministic algorithms are on, whether they only warn, and whether new memory is filled."""
+def _be_strict(restore: contextlib.ExitStack) -> None:
     memory: Any = torch.utils.deterministic
-    return (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-        memory.fill_uninitialized_memory,
-    )
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    restore.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled(), warn_only=warns)
+    restore.callback(setattr, memory, "fill_uninitialized_memory", memory.fill_uninitialized_memory)
+    torch.use_deterministic_algorithms(True, warn_only=False)
+    memory.fill_uninitialized_memory = False
 
 
-def _set_strictness(is_on: bool, warns: bool, fills: bool) -> None:
-    memory: Any = torch.utils.deterministic
-    torch.use_deterministic_algorithms(is_on, warn_only=warns)
-    memory.fill_uninitialized_memory = fills
+_strictly = SharedSetting(_be_strict)
 
 
 def _refusal(message: str, device: torch.device) -> ModelError | None:

@@ -10,55 +10,33 @@ import contextlib
 import logging
 import threading
 import warnings
-from collections.abc import Generator
 
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers.utils import logging as transformers_logging
+
+from onward.training.device.shared import SharedSetting
 
 LEVELS = {"peft": logging.ERROR, "torch._subclasses.fake_tensor": logging.CRITICAL}
 """What loggers may still say. The second one logs, with a traceback, each operation that cannot be outlined."""
 
 
-class _Silence:
-    """One silence for all threads, with a count of those in it."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._before = contextlib.ExitStack()
-
-    @contextlib.contextmanager
-    def __call__(self) -> Generator[None]:
-        """Be silent in the body; errors are still raised."""
-        with self._lock:
-            if self._inside == 0:
-                self._begin()
-            self._inside += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._inside -= 1
-                if self._inside == 0:
-                    self._before.close()
-
-    def _begin(self) -> None:
-        restore = self._before
-        restore.enter_context(warnings.catch_warnings())  # first in, last out: putting bars back may warn
-        restore.callback(disable_progress_bars if are_progress_bars_disabled() else enable_progress_bars)
-        if transformers_logging.is_progress_bar_enabled():
-            restore.callback(transformers_logging.enable_progress_bar)
-        restore.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
-        warnings.simplefilter("ignore")
-        transformers_logging.disable_progress_bar()
-        transformers_logging.set_verbosity_error()
-        for name, level in LEVELS.items():
-            logger = logging.getLogger(name)
-            restore.callback(logger.setLevel, logger.level)
-            logger.setLevel(level)
+def _begin(restore: contextlib.ExitStack) -> None:
+    restore.enter_context(warnings.catch_warnings())  # first in, last out: putting bars back may warn
+    restore.callback(disable_progress_bars if are_progress_bars_disabled() else enable_progress_bars)
+    if transformers_logging.is_progress_bar_enabled():
+        restore.callback(transformers_logging.enable_progress_bar)
+    restore.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
+    warnings.simplefilter("ignore")
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    for name, level in LEVELS.items():
+        logger = logging.getLogger(name)
+        restore.callback(logger.setLevel, logger.level)
+        logger.setLevel(level)
 
 
-quiet = _Silence()
+quiet = SharedSetting(_begin)
+"""Silence in the body, in whatever thread; errors are still raised."""
 
 one_load = threading.RLock()
 """Held while transformers makes a model. It replaces methods of its own classes meanwhile, which affects a load in
